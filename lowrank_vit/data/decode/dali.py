@@ -65,7 +65,7 @@ class _Part(NamedTuple):
 
     sources: Sources
     whole: BatchPlan | None
-    """The whole batch's plan if this is its last part, else None."""
+    """The whole batch's plan, where this is its last part."""
 
 
 class DaliBackend:

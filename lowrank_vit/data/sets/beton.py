@@ -1,4 +1,4 @@
-"""The index of a `.beton`, or of its parts: what its samples are and where they lie, without decoding any."""
+"""Open a `.beton`, or its parts: its samples' sizes, labels and addresses, without decoding any."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from lowrank_vit.data.sets.index import blocks
 from lowrank_vit.data.sets.published import open_index
 
 _MUCH_BYTES = 1 << 26
-"""From here on it is said that each process keeps so much."""
+"""If each process keeps at least so much of an index, a line says so."""
 LABELS_UNNAMED = 1 << 16
-"""Without a manifest labels are below this, or below the number of samples where that is more."""
+"""Without a manifest labels must be below this, or below the number of samples if that is more."""
 
 
 class Beton:
     """A safely opened `.beton` of N images with integer labels, in one file or in parts.
 
-    `path` FILE.beton stands for FILE-1-of-n.beton and so on where it is not there itself; a list of files is taken as
+    If `path` FILE.beton does not exist, its parts FILE-1-of-n.beton and so on are opened; a list of files is taken as
     parts in that order. Sample ids run through the parts, so that they are those of the undivided file.
 
     Opening checks the header, the metadata and the allocation table, and the manifest if one lies beside the file, with
@@ -72,21 +72,21 @@ class Beton:
         self.sizes = columns["sizes"]
         """int64 (N,), bytes."""
         self.pointers = columns["pointers"]
-        """int64 (N,): where each sample begins in `bytes`."""
+        """int64 (N,): the first byte of each sample in `bytes`."""
         self.num_jpeg = self.num_samples - summary.num_raw
         self.is_raw = self.num_jpeg == 0
         self.is_uniform = summary.is_uniform
         """Whether all images have one size."""
         self.is_ascending = summary.is_ascending
-        """Whether samples lie in `bytes` in their own order."""
+        """Whether samples are in `bytes` in the order of their ids."""
         self.stored_bytes, self.decoded_bytes = summary.stored_bytes, summary.decoded_bytes
-        """Of all samples; decoded as uint8 RGB."""
+        """Bytes of all samples, as stored and as decoded uint8 RGB."""
         self.large_sides = summary.jpeg_height, summary.jpeg_width
         """Height and width, pixels, that 99 percent of the JPEGs do not exceed each; 0 without any."""
         self.reasons = summary.reasons
         """How many samples were stored for which reason, by the manifests of all parts."""
         self.manifest = read_manifest(self.parts[summary.manifest_part]) if summary.num_manifests else None
-        """Of the first part that has one; those of the others were compared with it."""
+        """The manifest of the first part that has one; those of the others were compared with it."""
         self.classes = list(self.manifest.classes) if self.manifest else None
         """Class names in label order, or None without a manifest."""
         self._outputs: np.ndarray | None = None  # by label, see `relabel`
@@ -94,7 +94,7 @@ class Beton:
         self._check_labels()
 
     def _check_labels(self) -> None:
-        # Without a manifest any label might be meant; but not one that asks for a head of gigabytes.
+        # Without a manifest any label is possible, but not one that needs a head of gigabytes.
         limit = len(self.classes) if self.classes else max(self.num_samples, LABELS_UNNAMED)
         if self._index.summary.label_max < limit:
             return
@@ -112,7 +112,7 @@ class Beton:
 
     @property
     def unverified(self) -> str:
-        """A line about an index that no checksum vouches for; empty where all parts have one."""
+        """A line about an index that no checksum vouches for; empty if all parts have one."""
         if self._index.summary.num_checked == len(self.parts):
             return ""
         if not self.manifest:
@@ -124,7 +124,7 @@ class Beton:
 
     @property
     def unshared(self) -> str:
-        """A line about an index of which each process keeps its own, though that takes much; empty where none does."""
+        """A line if each process keeps a large index of its own; else empty."""
         size = sum(column.nbytes for column in self._index.columns.values())
         if not (why := self._index.why_private) or size < _MUCH_BYTES:
             return ""
@@ -141,7 +141,7 @@ class Beton:
         return 1 + (self._index.summary.label_max if self._outputs is None else int(self.labels.max()))
 
     def relabel(self, labels: Sequence[int], classes: Sequence[str] | None) -> None:
-        """Let each label be another one, `labels[label]`, of these classes; before a loader is opened."""
+        """Replace each label by `labels[label]`, a label of `classes`; to be called before a loader is opened."""
         outputs = np.asarray(labels, np.int64)
         if len(outputs) <= self._index.summary.label_max or not np.array_equal(outputs, np.arange(len(outputs))):
             self._outputs = outputs if self._outputs is None else outputs[self._outputs]
@@ -159,14 +159,14 @@ class Beton:
         return labels if self._outputs is None else self._outputs[labels]
 
     def digests(self) -> tuple[str, str]:
-        """XXH3-64 of all labels, and of all that manifests and index say of the images but where they lie."""
+        """XXH3-64 of all labels, and of everything about the images in manifests and index except their addresses."""
         summary, labels = self._index.summary, xxhash.xxh3_64()
         for told in (summary.labels_xxh3.encode(), b"" if self._outputs is None else self._outputs.data):
             labels.update(told)
         return labels.hexdigest(), f"{summary.files_sha256_xxh3}{summary.images_xxh3}"
 
     def blocks(self) -> Iterator[dict[str, np.ndarray]]:
-        """The columns, a block of samples at a time, for what is to be found out of all of them."""
+        """The columns, a block of samples at a time, for computations over all samples."""
         return blocks(self._index.columns)
 
     @cached_property
@@ -196,7 +196,7 @@ class Beton:
                 raise BetonError(f"{path} was cut {shown} while it was open. Restore it and resume.")
 
     def _size_now(self, part: int) -> int:
-        """Bytes of a mapped file; -1 of one that is no longer under its name and has lost some."""
+        """Bytes of a mapped file; -1 if it is no longer under its name and was cut."""
         with suppress(OSError):
             found = self.parts[part].stat()
             if (found.st_dev, found.st_ino) == self._mapped.ids[part]:
@@ -219,7 +219,7 @@ class Beton:
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Read from `start` in `bytes` on, within one file, into `out`, uint8: many samples in one go.
 
-        Raises `BetonError` where the file has lost these bytes or cannot be read.
+        Raises `BetonError` if the file has lost these bytes or cannot be read.
         """
         part = int(np.searchsorted(self._mapped.starts, start, side="right")) - 1
         at, left = start - int(self._mapped.starts[part]), out.data
@@ -240,10 +240,10 @@ class Beton:
             out[:] = self.bytes[start:end]
 
     def contradicting(self, ids: np.ndarray) -> np.ndarray:
-        """Ids of the samples whose JPEG has another size than the index says, is none, or would take minutes.
+        """Ids of the samples that are not a JPEG of the index's size, or that would take minutes to decode.
 
-        A sample is looked at once, without decoding it, when it is first asked about. (That raw samples have the size
-        of their pixels is known from opening.)
+        A sample is checked once, without decoding it, when it is first asked about. (The sizes of raw samples were
+        checked when the set was opened.)
         """
         bits = (1 << (ids & 7)).astype(np.uint8)
         for i in ids[(self._looked_at[ids >> 3] & bits) == 0].tolist():
@@ -257,7 +257,7 @@ class Beton:
         )
 
     def contradicts(self, sample_id: int) -> bool:
-        """Whether that is so of one sample; it is not kept."""
+        """The same for one sample; the answer is not kept."""
         if self.modes[sample_id] == MODE_RAW:
             return False
         size = int(self.heights[sample_id]), int(self.widths[sample_id])
@@ -272,7 +272,7 @@ class Beton:
         return int(self._parts_of(np.array(sample_id)))
 
     def describe(self, sample_id: int) -> str:
-        """A sample in words: its file, its number there, and its source file where that is known."""
+        """A sample in words: its file, its number there, and its source file if that is known."""
         part = self._part_of(sample_id)
         path, local = self.parts[part], sample_id - int(self._index.first_ids[part])
         words = f"{path}: sample {local}"

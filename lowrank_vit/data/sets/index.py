@@ -1,4 +1,4 @@
-"""What the files and manifests of a set say of its samples, read and checked once, and what follows of all samples."""
+"""Read and check the files and manifests of a set once, and summarise all samples."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from lowrank_vit.common.filesystem import starts_of
 from lowrank_vit.common.threads import beat
 
 LARGE = 99
-"""Percent of a set's JPEGs that `Summary.jpeg_height` and `jpeg_width` are not exceeded by: few are huge among many."""
+"""Percent of a set's JPEGs that do not exceed `Summary.jpeg_height` and `jpeg_width`: a few may be huge."""
 _BLOCK = 1 << 14
-"""Samples at a time, so that nothing of the size of the set is made beside its columns."""
+"""Samples at a time, so that no array of the set's size is made beside its columns."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What callers ask of all samples and manifests, so that no process walks through them to find out."""
+    """Facts about all samples and manifests, so that no process has to walk through them."""
 
     num_raw: int
     label_max: int
     stored_bytes: int
     decoded_bytes: int
-    """As uint8 RGB; none for a JPEG of more pixels than are ever decoded."""
+    """Bytes as uint8 RGB; 0 for a JPEG of more pixels than are ever decoded."""
     is_uniform: bool
     """Whether all images have one size."""
     is_ascending: bool
-    """Whether samples lie in the files in their own order."""
+    """Whether samples are in the files in the order of their ids."""
     jpeg_height: int
     jpeg_width: int
     """Pixels that `LARGE` percent of the JPEGs do not exceed; 0 without any."""
     labels_xxh3: str
     images_xxh3: str
-    """Of modes, sizes in pixels and in bytes."""
+    """XXH3-64 of modes, and of sizes in pixels and in bytes."""
     manifest_part: int
-    """The first part that has a manifest; -1 where none has."""
+    """The first part that has a manifest; -1 if none has."""
     num_manifests: int
     num_checked: int
-    """Parts whose manifest told the checksum of their index."""
+    """Parts whose manifest has the checksum of their index."""
     files_sha256_xxh3: str
-    """Of the SHA-256 of all files that have manifests."""
+    """XXH3-64 of the SHA-256 of all files that have manifests."""
     reasons: dict[str, int] = field(default_factory=dict)
-    """The sums of the manifests' own."""
+    """Sums of the manifests' `reasons`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Index:
 
 
 def read_layouts(path: Path, parts: Sequence[Path]) -> list[Layout]:
-    """The headers of all files. Raises `BetonError`, also of a set of too many samples."""
+    """The headers of all files. Raises `BetonError`, also for a set of too many samples."""
     layouts = [read_layout(part) for part in parts]
     check_count(path, sum(layout.num_samples for layout in layouts))
     return layouts
@@ -113,7 +113,7 @@ def read_index(path: Path, layouts: Sequence[Layout], columns: Mapping[str, np.n
 
 
 def _of_manifests(path: Path, layouts: Sequence[Layout], checksums: Sequence[str]) -> dict[str, Any]:
-    """What the manifests say together; of many parts' no two are kept at a time but the first."""
+    """The manifests' part of a `Summary`; only the first manifest and the current one are in memory."""
     first: Manifest | None = None
     manifest_part, num_manifests, num_checked = -1, 0, 0
     reasons, digest = Counter[str](), xxhash.xxh3_64()
@@ -175,7 +175,7 @@ def blocks(columns: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]
 
 
 def decoded_bytes(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """int64 (N,), of each image as uint8 RGB; none for a JPEG of more pixels than are ever decoded."""
+    """int64 (N,): bytes of each image as uint8 RGB; 0 for a JPEG of more pixels than are ever decoded."""
     pixels = columns["heights"].astype(np.int64) * columns["widths"]
     pixels[(pixels > MAX_PIXELS) & (columns["modes"] != MODE_RAW)] = 0
     return 3 * pixels

@@ -48,11 +48,11 @@ _HEADER_BYTES = 1 << 16
 _ALIGNMENT = 1 << 16
 """The largest page of any machine."""
 _WAIT_S, _POLL_S = 600.0, 0.05
-"""How long another process may take; its lock is given back when it dies."""
+"""How long another process may take; its lock is released when it dies."""
 
 
 def open_index(path: Path, parts: Sequence[Path]) -> Index:
-    """The index of the set `path` that consists of these files, mapped where it is large. Raises `BetonError`."""
+    """The index of the set `path` that consists of these files, mapped if it is large. Raises `BetonError`."""
     places = list(_places(path, parts))
     if found := _find(places, parts):
         return found
@@ -77,7 +77,7 @@ def open_index(path: Path, parts: Sequence[Path]) -> Index:
 
 
 def _places(path: Path, parts: Sequence[Path]) -> Iterator[Path]:
-    """Where the index may lie; a list of parts that is not all of a set has another name."""
+    """The paths at which the index may be, in the order in which they are tried; its name depends on the parts."""
     names = "" if len(parts) == 1 else xxhash.xxh3_64_hexdigest(b"\0".join(as_bytes(part.name) for part in parts))
     ending = f"{names and '.'}{names}.index{VERSION}-{os.geteuid()}"
     yield path.parent / f".{path.name}{ending}"
@@ -165,10 +165,11 @@ def _arrays(mapped: mmap.mmap, starts: dict[str, tuple[int, int, np.dtype[Any]]]
 
 
 def _key(place: Path, parts: Sequence[Path]) -> str:
-    """Of all files and manifests: device, inode, size and time; of the first manifest also its bytes.
+    """A hash of device, inode, size and time of all files and manifests, and of the first manifest's bytes.
 
-    Beside the set no device counts, since machines number a network's devices differently: raises `OSError` where a
-    file is on another than the published one, as behind a link. Each machine would replace what another has mapped.
+    Beside the set, devices do not count, since machines number a network's devices differently, and each machine would
+    replace the index that another has mapped: raises `OSError` if a file is on another device than the index, as behind
+    a link.
     """
     own_disk, is_beside = place.parent.stat().st_dev, place.parent == parts[0].parent
     digest = xxhash.xxh3_128(struct.pack("<2q", VERSION, mmap.PAGESIZE))  # where a part begins depends on pages
@@ -191,9 +192,9 @@ def _key(place: Path, parts: Sequence[Path]) -> str:
 
 @contextmanager
 def _one_at_a_time(place: Path) -> Generator[None]:
-    """Hold the lock of a place, which is gone afterwards; wait while another process of this user has it.
+    """Hold the lock of a place, and remove it afterwards; wait while another process of this user has it.
 
-    Raises `OSError` where there can be none, or it is another user's.
+    Raises `OSError` if no lock is possible, or if it is another user's.
     """
     path = place.with_name(f"{place.name}.lock")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -208,7 +209,7 @@ def _one_at_a_time(place: Path) -> Generator[None]:
             time.sleep(_POLL_S)
         try:
             yield
-        finally:  # who waits for it looks for the index first
+        finally:  # a process that waits for it looks for the index first
             with suppress(OSError):
                 path.unlink()
     finally:

@@ -155,7 +155,7 @@ def test_what_would_change_results_is_refused(line, tmp_path):
     flag, *values = line.split()
     with pytest.raises(UserError, match=f"^{flag}") as caught:
         parse(line.split())
-    assert "here" in str(caught.value) or "needs a value" in str(caught.value)
+    assert re.search("here|not supported|needs a value", str(caught.value))
     path = tmp_path / "timm.yaml"
     numbers = [int(value) if value.isdecimal() else value for value in values]
     path.write_text(yaml.safe_dump({flag.strip("-"): numbers[0] if len(numbers) == 1 else numbers or True}))
