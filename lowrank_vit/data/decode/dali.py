@@ -42,6 +42,7 @@ from lowrank_vit.data.decode.backend import (
     cropped,
     new_meter,
     spans,
+    start_threads,
 )
 from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, release_memory, start_pipeline
 from lowrank_vit.data.decode.pil import find_damage
@@ -105,6 +106,7 @@ class DaliBackend:
             large=beton.large_sides,
         )
         self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        start_threads()
         # Of the feeding thread's own: on the consumer's, its work on one batch would wait for the decoding of the next.
         # It takes batches out by a small copy, which the step waits for.
         self._stream = side_stream(device, FIRST)

@@ -20,7 +20,7 @@ from data_prep.formats.jpeg import MAX_PIXELS
 from lowrank_vit.common.devices import cuda_path, to_device
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.decode.backend import DamagedSamples, LoaderOptions, Schedule, new_meter, spans
+from lowrank_vit.data.decode.backend import DamagedSamples, LoaderOptions, Schedule, new_meter, spans, start_threads
 from lowrank_vit.data.decode.jpeg import EXACT, FAST, decode_jpeg, has_too_many_scans, is_of_size
 from lowrank_vit.data.decode.pil import crop_and_resize, decode_sound
 from lowrank_vit.data.decode.resize_cpu import resize_into
@@ -87,6 +87,7 @@ class FfcvBackend:
         self._beton, self._device, self._img_size, self._prefetch = beton, device, plan.img_size, prefetch
         self._flags = EXACT if isinstance(plan, EvalPlan) else FAST
         self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        start_threads()
         self._decoding: Ahead[tuple[Tensor, BatchPlan]] | None = None
         self.decode_ms = new_meter()
 

@@ -305,6 +305,19 @@ for epoch in range(10**9):
     assert "KeyboardInterrupt" in errors
 
 
+@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+def test_a_process_on_one_core_ends(sets, backend):
+    """TBB's first task, for which the end of a process waits, is nobody's there but its own thread's."""
+    code = f"""
+import os
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from tests.unit.data.test_loader_faults import *
+batches = open_one({backend!r}, Beton({str(sets["jpeg"])!r})).batches(0)
+next(batches)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LONG_S)
+
+
 @pytest.mark.parametrize("mode", ["training", "evaluation"])
 @pytest.mark.parametrize("backend", ["ffcv", "resident"])
 def test_what_libjpeg_warns_of_is_damage_when_training_too(sets, tmp_path, backend, mode):
