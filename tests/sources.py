@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from lowrank_vit.data.sets.staging import stage_all
 from tests.photos import write_folder
 from tests.unit.data_prep.sources.test_cifar100 import PYTHON_FORM, write_tar
 from tests.waiting import LONG_S
@@ -34,6 +36,12 @@ def write_archive(root: Path) -> Path:
     """A small CIFAR-100 in the official form, packed."""
     root.mkdir(parents=True, exist_ok=True)
     return write_tar(root / "cifar-100-python.tar.gz", PYTHON_FORM, "cifar-100-python")
+
+
+def stage(beton: Path, stage_dir: Path, say: Callable[[str], object]) -> Path:
+    """The staged copy of one set."""
+    (copy,) = stage_all([beton], stage_dir, say)
+    return copy
 
 
 def run_at_once(code: str, count: int = 3) -> list[str]:

@@ -33,7 +33,6 @@ from lowrank_vit.score.listing import ImageList, digest_of_stats
 from lowrank_vit.score.options import PredictOptions
 from lowrank_vit.score.results import (
     Prediction,
-    Predictions,
     ScoringProgress,
     csv_columns,
     csv_rows,
@@ -103,27 +102,6 @@ def _keeps(outputs: Sequence[Path], world: World) -> bool:
 
 def _columns_of(options: PredictOptions) -> dict[str, Any]:
     return {"index": options.include_index, "value": "" if options.exclude_output else options.output_type}
-
-
-def predict(
-    options: PredictOptions,
-    note: Note = lambda text: None,
-    show: Callable[[Prediction], object] = lambda prediction: None,
-) -> Predictions:
-    """Classify all images in this process, each shown when its batch is done; what cannot be opened is noted.
-
-    All predictions are in memory. Raises `UserError`.
-    """
-    predictions = Predictions()
-    with _Job(options, note, World()) as job:
-        for _, skipped, found in job.batches(0):
-            for file, reason in skipped:
-                predictions.skipped[file] = reason
-                note(f"skipped {file}: {reason}")
-            for prediction in found:
-                predictions.found.append(prediction)
-                show(prediction)
-    return predictions
 
 
 class _Job:

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -186,15 +186,6 @@ class Prediction:
     """The classes' numbers."""
     logits: list[float]
     """The model's outputs for them."""
-
-
-@dataclass
-class Predictions:
-    """All of a call."""
-
-    found: list[Prediction] = field(default_factory=list)
-    skipped: dict[Path, str] = field(default_factory=dict)
-    """Files that are no images, with the reason."""
 
 
 def _columns(prediction: Prediction, *, index: bool, value: str) -> dict[str, list[Any]]:

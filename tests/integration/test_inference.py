@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,6 @@ from PIL import Image
 
 from lowrank_vit import inference, train, validate
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.score.options import PredictOptions
-from lowrank_vit.score.prediction import predict
 from tests.forked import Forked
 from tests.integration.test_data_given_directly import TINY
 from tests.photos import write_folder
@@ -33,6 +33,13 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     shutil.copytree(root / "images" / "train", root / "images" / "val")
     train.main(["--data-dir", str(root / "images"), *TINY, "--output", str(root / "output")])
     return root / "images" / "val", next((root / "output").glob("vit*/last.pth.tar"))
+
+
+def predicted(checkpoint: Path, files: Iterable[Path], folder: Path, *words: str) -> list[dict[str, Any]]:
+    """What `inference` writes of each file."""
+    line = [*map(str, files), "--checkpoint", str(checkpoint), "--device", "cpu", *words]
+    inference.main([*line, "--output", str(folder / "predicted.json")])
+    return json.loads((folder / "predicted.json").read_text())["predictions"]
 
 
 def test_predictions_are_those_of_validation(trained, tmp_path, capsys):
@@ -64,14 +71,14 @@ def test_names_that_are_not_utf8_come_back_as_they_are(trained, tmp_path):
     assert b"\nfleur\xe9," in (tmp_path / "b.csv").read_bytes().replace(b"\n0,", b"\n")
 
 
-def test_a_prediction_does_not_depend_on_the_others(trained):
+def test_a_prediction_does_not_depend_on_the_others(trained, tmp_path):
     folder, checkpoint = trained
-    files = tuple(sorted(folder.rglob("*.jpg"))[:5])
-    together = predict(PredictOptions(checkpoint, input=files, device="cpu", batch_size=3)).found
+    files = sorted(folder.rglob("*.jpg"))[:5]
+    together = predicted(checkpoint, files, tmp_path, "--batch-size", "3")
     for file, prediction in zip(files, together, strict=True):
-        (alone,) = predict(PredictOptions(checkpoint, input=(file,), device="cpu")).found
-        assert alone.classes == prediction.classes
-        assert np.allclose(alone.probabilities, prediction.probabilities, atol=1e-5)
+        (alone,) = predicted(checkpoint, [file], tmp_path)
+        assert (alone["file"], alone["classes"]) == (str(file), prediction["classes"])
+        assert np.allclose(alone["probabilities"], prediction["probabilities"], atol=1e-5)
 
 
 def test_pixels_mean_what_they_mean_in_conversion(trained, tmp_path):
@@ -92,10 +99,9 @@ def test_pixels_mean_what_they_mean_in_conversion(trained, tmp_path):
     Image.new("RGB", photo.size, "white").save(tmp_path / "white.png")
     pairs = (("turned", "upright"), ("grey16", "grey"), ("clear", "white"))
     for one, other in pairs:
-        files = tuple(tmp_path / f"{name}.png" for name in (one, other))
-        a, b = predict(PredictOptions(checkpoint, input=files, device="cpu")).found
-        assert a.classes == b.classes
-        assert a.probabilities == b.probabilities, (one, other)
+        a, b = predicted(checkpoint, [tmp_path / f"{name}.png" for name in (one, other)], tmp_path)
+        assert a["classes"] == b["classes"]
+        assert a["probabilities"] == b["probabilities"], (one, other)
 
 
 def test_any_format_is_read_and_what_is_no_image_is_skipped(trained, tmp_path, capsys):
@@ -194,12 +200,10 @@ def test_a_checkpoint_of_timm_has_numbers_for_classes(trained, tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "timm.pth.tar")
     file = next(trained[0].rglob("*.jpg"))
-    options = PredictOptions(
-        tmp_path / "timm.pth.tar", input=(file,), model="vit_tiny_patch16_224", img_size=32, device="cpu", topk=9
-    )
-    (found,) = predict(options).found
-    assert sorted(found.classes) == [str(n) for n in range(7)]
-    assert sum(found.probabilities) == pytest.approx(1.0, abs=1e-5)
+    words = "--model vit_tiny_patch16_224 --img-size 32 --topk 9".split()
+    (found,) = predicted(tmp_path / "timm.pth.tar", [file], tmp_path, *words)
+    assert sorted(found["classes"]) == [str(n) for n in range(7)]
+    assert sum(found["probabilities"]) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_validation_refuses_other_classes(trained, tmp_path):

@@ -20,7 +20,6 @@ from PIL import Image
 from lowrank_vit import inference, validate
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.score import prediction
-from lowrank_vit.score.options import PredictOptions
 from tests.photos import write_folder
 from tests.waiting import LONG_S
 
@@ -215,7 +214,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(weights, tmp_
         inference.main(shlex.split(line))
 
 
-def test_the_next_batch_is_decoded_while_this_one_is_computed(photos, weights, monkeypatch):
+def test_the_next_batch_is_decoded_while_this_one_is_computed(photos, weights, monkeypatch, capsys):
     begun, waited = threading.Event(), []
     crop, classify = prediction._crop, prediction._classify
     files = tuple(sorted(photos.rglob("*.jpg"))[:6])
@@ -231,13 +230,9 @@ def test_the_next_batch_is_decoded_while_this_one_is_computed(photos, weights, m
 
     monkeypatch.setattr(prediction, "_crop", crop_one)
     monkeypatch.setattr(prediction, "_classify", compute)
-    kwargs = tuple(KWARGS.split())
-    options = PredictOptions(
-        weights, model="vit_base_patch16_224", model_kwargs=kwargs, img_size=32, input=files, batch_size=3, device="cpu"
-    )
-    shown: list[Path] = []
-    assert len(prediction.predict(options, show=lambda p: shown.append(p.file)).found) == 6
-    assert shown == list(files)
+    line = f"--checkpoint {weights} --model vit_base_patch16_224 --model-kwargs {KWARGS} --img-size 32 --batch-size 3"
+    inference.main([*map(str, files), *shlex.split(line), "--device", "cpu"])
+    assert [row.split("  ")[0] for row in capsys.readouterr().out.splitlines()] == list(map(str, files))
     assert waited == [True, True]
 
 

@@ -30,11 +30,6 @@ STAMP = "staged.json"
 _CHUNK_BYTES = 1 << 24
 
 
-def stage(beton: Path, stage_dir: Path, say: Say = terminal.say) -> Path:
-    """`stage_all` of one set."""
-    return stage_all([beton], stage_dir, say)[0]
-
-
 def stage_all(betons: Sequence[Path], stage_dir: Path, say: Say = terminal.say) -> list[Path]:
     """Copy each of `betons` (or its parts) and its sidecars below `stage_dir`; returns the copies, to be opened.
 

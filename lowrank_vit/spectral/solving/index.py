@@ -95,27 +95,18 @@ def index_is_proven(solved: Solved, low_K: np.ndarray, high_K: np.ndarray) -> bo
     return bool((alone | near).all())
 
 
-def nothing_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, s_NM: Tensor, v_NKM: Tensor) -> Tensor:
-    """Whether sigma_{M+1} is at most the last of M found values, up to a relative `RELATIVE_LIMIT`; (N,) bool.
-
-    For a solver that knows no other values: with orthonormal triplets of small certificates it proves s_i = sigma_i.
-
-    Args:
-        matrices_NRC: float64.
-        gram_NKK: their Gram matrices on the short side.
-        s_NM, v_NKM: the found values, descending, and vectors of the short side.
-    """
-    least_N = s_NM[:, -1] ** 2
-    mu_N = least_N * (1 + RELATIVE_LIMIT)
-    return square_beyond(matrices_NRC, gram_NKK, mu_N, s_NM, v_NKM) <= least_N * (1 + 2 * RELATIVE_LIMIT)
-
-
 def square_beyond(matrices_NRC: Tensor, gram_NKK: Tensor, mu_N: Tensor, s_NM: Tensor, v_NKM: Tensor) -> Tensor:
     """An upper bound of sigma_{M+1}^2, (N,), a little above mu; infinite where no such bound is proven.
 
     The matrix mu I - A^T A + V diag(s^2) V^T = R R^T + E has a Cholesky factor R only if no eigenvalue of A^T A but M
     of them exceeds mu + |E|, whatever V is (Weyl). |E| is enclosed by products with the matrix itself, so it includes
-    rounding and faults of Gram matrix, deflation and factor. See `nothing_beyond` for the arguments; M may be 0.
+    rounding and faults of Gram matrix, deflation and factor.
+
+    Args:
+        matrices_NRC: float64.
+        gram_NKK: their Gram matrices on the short side.
+        mu_N: above the square of the last found value.
+        s_NM, v_NKM: the found values, descending, and vectors of the short side; M may be 0.
     """
     squares_NM, mu_N11 = s_NM**2, mu_N[:, None, None]
     k = gram_NKK.shape[-1]

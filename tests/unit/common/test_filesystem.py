@@ -22,10 +22,10 @@ from lowrank_vit.common.files import link_whole, whole_folder, write_whole
 from lowrank_vit.common.filesystem import free_bytes, hard_link, map_files, open_past_cache, rename, symbolic_link, sync
 from lowrank_vit.common.locks import is_locked, lock_folder
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.staging import stage
 from lowrank_vit.report.status import better_weights
 from lowrank_vit.run.checkpoints import LAST, CheckpointWriter
 from lowrank_vit.run.directory import RunDir
+from tests.sources import stage
 
 O_DIRECT = os.O_DIRECT
 

@@ -23,7 +23,7 @@ from lowrank_vit.common import filesystem
 from lowrank_vit.common.errors import BetonError
 from lowrank_vit.data.sets import index, published
 from lowrank_vit.data.sets.beton import Beton
-from lowrank_vit.data.sets.staging import stage
+from tests.sources import stage
 
 
 @pytest.fixture(scope="module")

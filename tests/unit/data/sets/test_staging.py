@@ -21,8 +21,8 @@ from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.data.sets import staging
 from lowrank_vit.data.sets.beton import Beton
 from lowrank_vit.data.sets.datasets import DataOptions, open_datasets
-from lowrank_vit.data.sets.staging import stage, stage_all
-from tests.sources import Said, run_at_once
+from lowrank_vit.data.sets.staging import stage_all
+from tests.sources import Said, run_at_once, stage
 from tests.waiting import wait_until
 
 ENDS = ("", ".json", ".samples")
@@ -184,7 +184,7 @@ import os, signal
 from pathlib import Path
 from lowrank_vit.data.sets import staging
 staging.sha256_of = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # when the .beton has been written
-staging.stage(Path({str(source)!r}), Path({str(tmp_path / "fast")!r}))
+staging.stage_all([Path({str(source)!r})], Path({str(tmp_path / "fast")!r}))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     (left,) = (tmp_path / "fast").glob("*jpeg*")
@@ -244,8 +244,8 @@ def test_what_is_missing_is_named(tmp_path):
 def test_of_several_processes_one_copies(source, tmp_path):
     code = f"""
 from pathlib import Path
-from lowrank_vit.data.sets.staging import stage
-print(stage(Path({str(source)!r}), Path({str(tmp_path / "fast")!r})).stat().st_ino)
+from lowrank_vit.data.sets.staging import stage_all
+print(stage_all([Path({str(source)!r})], Path({str(tmp_path / "fast")!r}))[0].stat().st_ino)
 """
     said = run_at_once(code)
     assert sum("copying" in text for text in said) == 1

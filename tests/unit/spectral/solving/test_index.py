@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from lowrank_vit.spectral.solving import gram
-from lowrank_vit.spectral.solving.extremes import Solved, Solver, Triplets
+from lowrank_vit.spectral.solving.extremes import RELATIVE_LIMIT, Solved, Solver, Triplets
 from lowrank_vit.spectral.solving.index import (
     FEW,
     FEW_OF_FLOAT32,
     PROBES,
     enclosure,
     index_is_proven,
-    nothing_beyond,
     probes,
+    square_beyond,
 )
 from lowrank_vit.spectral.solving.solve import solve
 from tests.device_path import CudaPath
@@ -97,10 +97,17 @@ def test_a_cholesky_factor_proves_that_no_value_was_missed(name: str) -> None:
     }
     values, vectors = (torch.stack(parts) for parts in zip(*found.values(), strict=True))
     n = len(found)
-    proven = nothing_beyond(matrix.expand(n, -1, -1), gram_matrix.expand(n, -1, -1), values, vectors)
-    assert dict(zip(found, proven.tolist(), strict=True)) == {what: what == "right" for what in found}
-    wrong_gram = gram_matrix * 0.9
-    assert not nothing_beyond(matrix[None], wrong_gram[None], s[None, :5], short[None, :, :5]).any()
+
+    def is_proven(gram_NKK: torch.Tensor, s_NM: torch.Tensor, v_NKM: torch.Tensor) -> list[bool]:
+        least_N = s_NM[:, -1] ** 2
+        mu_N = least_N * (1 + RELATIVE_LIMIT)
+        square_N = square_beyond(matrix.expand(len(s_NM), -1, -1), gram_NKK, mu_N, s_NM, v_NKM)
+        assert (square_N >= s[5] ** 2).all()
+        return (square_N <= least_N * (1 + 2 * RELATIVE_LIMIT)).tolist()
+
+    proven = is_proven(gram_matrix.expand(n, -1, -1), values, vectors)
+    assert dict(zip(found, proven, strict=True)) == {what: what == "right" for what in found}
+    assert is_proven(0.9 * gram_matrix[None], s[None, :5], short[None, :, :5]) == [False]
 
 
 @pytest.mark.parametrize("fault", ["all", "inner", "last"])
