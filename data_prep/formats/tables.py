@@ -6,7 +6,7 @@ For the layout see `data_prep.formats.beton`.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -107,8 +107,7 @@ def read_tables(path: str | os.PathLike[str], into: Mapping[str, np.ndarray] | N
 
     The columns are filled into the arrays of `into` (as `empty_columns` makes them, for as many samples as the file
     has), or into new ones. No sample is decoded. What a converter of ours writes, samples in the order of their
-    addresses, is checked in one pass over each table, a block at a time; only another order, as FFCV's own writer
-    leaves it, is sorted.
+    addresses, is checked a block at a time; only another order, as FFCV's own writer leaves it, is sorted.
     Raises `BetonError`, which names the file and the next step, whatever the bytes are.
     """
     path = Path(path)
@@ -118,11 +117,50 @@ def read_tables(path: str | os.PathLike[str], into: Mapping[str, np.ndarray] | N
         if any(len(columns[name]) != layout.num_samples for name in COLUMNS):
             raise BetonError(f"{path} was changed while it was read. Try again when its conversion is finished.")
         digest = xxhash.xxh3_64(layout.head)
-        is_sound = _read_rows(layout, file, columns, digest)
-        is_sound &= _read_allocations(layout, file, columns, digest, is_sound=is_sound)
+        *_, is_sound = (is_sound for _, is_sound in _read_blocks(layout, file, columns, digest))
         if not is_sound:
             _sort_and_check(layout, file, columns)
     return Tables(layout.page_size, layout.file_bytes, **columns, index_xxh3=digest.hexdigest())
+
+
+def scan_tables(layout: Layout, take: Callable[[Mapping[str, np.ndarray]], None]) -> str | None:
+    """Read and check as `read_tables`, but keep nothing: `take` is given `COLUMNS`, a block of samples at a time.
+
+    Returns `index_checksum` of the file. None: the tables can be used by `columns_in_place` only where both are in the
+    order of the samples and these in that of their addresses, which they are not, or something is wrong; `read_tables`
+    tells. Raises `BetonError` of a file that cannot be read, or is another than `layout` is of.
+    """
+    with _reading(layout.path) as file:
+        if _read_layout(layout.path, file) != layout:
+            raise BetonError(f"{layout.path} was changed while it was read. Try again when its conversion is finished.")
+        digest, columns = xxhash.xxh3_64(layout.head), empty_columns(min(_BLOCK, layout.num_samples))
+        for block, is_sound in _read_blocks(layout, file, columns, digest):
+            if not is_sound:
+                return None
+            take(block)
+    return digest.hexdigest()
+
+
+def columns_in_place(file_bytes: np.ndarray, num_samples: int, table_start: int) -> dict[str, np.ndarray]:
+    """`COLUMNS` of a file as they lie in its `file_bytes`, uint8, such as a map: nothing is copied.
+
+    Heights and widths are uint16, and none is contiguous or aligned. The file is one of which `scan_tables` has given
+    a checksum.
+    """
+
+    def table(start: int, dtype: np.dtype) -> np.ndarray:
+        return file_bytes[start : start + num_samples * dtype.itemsize].view(dtype)
+
+    samples = table(METADATA_START, SAMPLE)
+    image, sizes = samples["image"], table(table_start, ALLOCATION)["size"]
+    return {
+        "modes": image["mode"],
+        "heights": image["height"],
+        "widths": image["width"],
+        "labels": samples["label"],
+        "pointers": image["data_ptr"].view(np.int64),
+        "sizes": sizes.view(np.int64),
+    }
 
 
 @contextmanager
@@ -154,85 +192,91 @@ def _read_layout(path: Path, file: FileIO) -> Layout:
 
 
 def _blocks(
-    layout: Layout, file: FileIO, start: int, dtype: np.dtype, digest: Any
+    layout: Layout, file: FileIO, start: int, dtype: np.dtype, digest: Any = None
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Read a table of one row a sample from `start` on; yield which samples, and their rows, which do not last."""
     buffer = memoryview(bytearray(_BLOCK * dtype.itemsize))
-    file.seek(start)
     for first in range(0, layout.num_samples, _BLOCK):
         last = min(first + _BLOCK, layout.num_samples)
         left = block = buffer[: (last - first) * dtype.itemsize]
+        at = start + first * dtype.itemsize
         while left:
-            if not (count := file.readinto(left)):
+            if not (count := os.preadv(file.fileno(), [left], at)):
                 raise BetonError(
                     f"{layout.path} became shorter while it was read. Convert it again with `python -m data_prep`."
                 )
-            left = left[count:]
-        digest.update(block)
+            left, at = left[count:], at + count
+        if digest is not None:
+            digest.update(block)
         yield slice(first, last), np.frombuffer(block, dtype)
 
 
-def _read_rows(layout: Layout, file: FileIO, columns: dict[str, np.ndarray], digest: Any) -> bool:
-    """Fill all columns but the sizes; whether no row is wrong by itself."""
-    is_sound = True
-    for rows, table in _blocks(layout, file, METADATA_START, SAMPLE, digest):
-        modes, heights, widths, labels, pointers = (
-            columns[name][rows] for name in ("modes", "heights", "widths", "labels", "pointers")
-        )
-        image = table["image"]
-        modes[:], heights[:], widths[:], labels[:] = image["mode"], image["height"], image["width"], table["label"]
-        pointers[:] = image["data_ptr"].view(np.int64)  # what is below zero then is beyond every file
-        is_sound &= bool(
-            modes.max() <= max(MODE_JPEG, MODE_RAW)
-            and heights.min() > 0
-            and widths.min() > 0
-            and labels.min() >= 0
-            and pointers.min() >= layout.first_page
-            and pointers.max() < layout.table_start
-        )
-    return is_sound
+def _read_blocks(
+    layout: Layout, file: FileIO, columns: Mapping[str, np.ndarray], digest: Any
+) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
+    """Fill all columns, a block at a time; yield each, and whether nothing was wrong or in another order so far.
 
-
-def _read_allocations(
-    layout: Layout, file: FileIO, columns: dict[str, np.ndarray], digest: Any, *, is_sound: bool
-) -> bool:
-    """Fill the sizes; whether the table is in the order of the samples, they in that of addresses, and nothing wrong.
-
-    `is_sound`: whether the rows are, without which nothing is compared.
+    `columns`: of all samples, or of one block, to be filled with each in turn. Sizes are those of the samples only
+    where nothing was wrong. `digest` is given rows and allocation table.
     """
-    end_before, sample_before = 0, (0, 0)
-    for rows, table in _blocks(layout, file, layout.table_start, ALLOCATION, digest):
-        modes, pointers, sizes = columns["modes"][rows], columns["pointers"][rows], columns["sizes"][rows]
-        sizes[:] = table["size"].view(np.int64)
-        is_sound = bool(
-            is_sound
-            and (table["sample_id"].view(np.int64) == np.arange(rows.start, rows.stop)).all()
-            and (table["ptr"].view(np.int64) == pointers).all()
-            and sizes.min() > 0
-            and sizes.max() <= layout.page_size
-        )
-        if not is_sound:
-            continue
-        ends = pointers + sizes
-        is_free = pointers[1:] >= ends[:-1]
-        if not is_free.all():  # neighbours that have all their bytes in common are no error
-            is_free |= (pointers[1:] == pointers[:-1]) & (sizes[1:] == sizes[:-1])
-        sample = int(pointers[0]), int(sizes[0])
-        is_sound = bool(
-            is_free.all()
-            and (sample[0] >= end_before or sample == sample_before)
-            and ends[-1] <= layout.table_start
-            # Pages are powers of two, so only bits below theirs differ between the first byte and the last.
-            and np.bitwise_xor(pointers, ends - 1).max() < layout.page_size
-            and (modes.max() != MODE_RAW or not _raw_of_another_size(columns, rows).any())
-        )
-        end_before, sample_before = int(ends[-1]), (int(pointers[-1]), int(sizes[-1]))
-    return is_sound
+    # The checksum takes all rows before the table; reading them again costs less than keeping what is compared.
+    for _ in _blocks(layout, file, METADATA_START, SAMPLE, digest):
+        pass
+    rows_read = _blocks(layout, file, METADATA_START, SAMPLE)
+    table_read = _blocks(layout, file, layout.table_start, ALLOCATION, digest)
+    of_all, is_sound, before = len(columns["modes"]) == layout.num_samples, True, (0, 0)
+    for (rows, samples), (_, table) in zip(rows_read, table_read, strict=True):
+        place = rows if of_all else slice(0, rows.stop - rows.start)
+        block = {name: column[place] for name, column in columns.items()}
+        image = samples["image"]
+        block["modes"][:], block["labels"][:] = image["mode"], samples["label"]
+        block["heights"][:], block["widths"][:] = image["height"], image["width"]
+        block["pointers"][:] = image["data_ptr"].view(np.int64)  # what is below zero then is beyond every file
+        block["sizes"][:] = table["size"].view(np.int64)
+        is_sound = is_sound and _is_sound(layout, rows.start, block, table, before)
+        before = int(block["pointers"][-1]), int(block["sizes"][-1])
+        yield block, is_sound
 
 
-def _raw_of_another_size(columns: dict[str, np.ndarray], rows: slice) -> np.ndarray:
-    raw_bytes = 3 * columns["heights"][rows].astype(np.int64) * columns["widths"][rows]
-    return (columns["modes"][rows] == MODE_RAW) & (columns["sizes"][rows] != raw_bytes)
+def _is_sound(
+    layout: Layout, first: int, block: Mapping[str, np.ndarray], table: np.ndarray, before: tuple[int, int]
+) -> bool:
+    """Whether nothing is wrong with samples from `first` on, and they are in the order of their addresses.
+
+    `table`: their rows of the allocation table; `before`: pointer and size of the sample before them.
+    """
+    pointers, sizes = block["pointers"], block["sizes"]
+    if not (
+        block["modes"].max() <= max(MODE_JPEG, MODE_RAW)
+        and block["heights"].min() > 0
+        and block["widths"].min() > 0
+        and block["labels"].min() >= 0
+        and pointers.min() >= layout.first_page
+        and pointers.max() < layout.table_start
+        and (table["sample_id"].view(np.int64) == np.arange(first, first + len(table))).all()
+        and (table["ptr"].view(np.int64) == pointers).all()
+        and sizes.min() > 0
+        and sizes.max() <= layout.page_size
+    ):
+        return False
+    ends = pointers + sizes
+    is_free = pointers[1:] >= ends[:-1]
+    if not is_free.all():  # neighbours that have all their bytes in common are no error
+        is_free |= (pointers[1:] == pointers[:-1]) & (sizes[1:] == sizes[:-1])
+    sample = int(pointers[0]), int(sizes[0])
+    return bool(
+        is_free.all()
+        and (sample[0] >= sum(before) or sample == before)
+        and ends[-1] <= layout.table_start
+        # Pages are powers of two, so only bits below theirs differ between the first byte and the last.
+        and np.bitwise_xor(pointers, ends - 1).max() < layout.page_size
+        and (block["modes"].max() != MODE_RAW or not _raw_of_another_size(block).any())
+    )
+
+
+def _raw_of_another_size(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    raw_bytes = 3 * columns["heights"].astype(np.int64) * columns["widths"]
+    return (columns["modes"] == MODE_RAW) & (columns["sizes"] != raw_bytes)
 
 
 def _check_header(path: Path, header: np.void, head: bytes, file_bytes: int) -> None:
@@ -295,7 +339,7 @@ def _sort_and_check(layout: Layout, file: FileIO, columns: dict[str, np.ndarray]
     fail((heights == 0) | (widths == 0), "has no pixels")
     fail(columns["labels"] < 0, "has a negative label")
     table = np.empty(num_samples, ALLOCATION)
-    for rows, block in _blocks(layout, file, layout.table_start, ALLOCATION, xxhash.xxh3_64()):
+    for rows, block in _blocks(layout, file, layout.table_start, ALLOCATION):
         table[rows] = block
     # Allocations may stand in any order (FFCV's workers finish as they please): sort them by sample.
     table = table[np.argsort(table["sample_id"], kind="stable")]
@@ -309,7 +353,7 @@ def _sort_and_check(layout: Layout, file: FileIO, columns: dict[str, np.ndarray]
     columns["sizes"][:] = sizes
     starts, sizes = columns["pointers"], columns["sizes"]
     fail(starts // page_size != (starts + sizes - 1) // page_size, "spans two pages")
-    fail(_raw_of_another_size(columns, slice(None)), "is raw but its size is not height x width x 3")
+    fail(_raw_of_another_size(columns), "is raw but its size is not height x width x 3")
     # FFCV looks a sample's size up by its address, so two samples may share their bytes but not overlap otherwise.
     by_address = np.lexsort((sizes, starts))
     starts, ends = starts[by_address], (starts + sizes)[by_address]

@@ -92,7 +92,7 @@ def _check_plan(beton: Beton, plan: TrainPlan | EvalPlan) -> None:
         other = f"{len(plan.heights):,} samples, and this set has {beton.num_samples:,}"
     elif not all(  # most are of the very arrays, which need not be walked through
         one is other or np.array_equal(one, other)
-        for one, other in ((plan.heights, beton.heights), (plan.widths, beton.widths))
+        for one, other in zip((plan.heights, plan.widths), beton.sides, strict=True)
     ):
         other = "as many samples, but some of other sizes in pixels"
     else:

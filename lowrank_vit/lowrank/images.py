@@ -73,7 +73,7 @@ class Images:
     @property
     def num_calibration_classes(self) -> int:
         """How many classes they are of."""
-        return len(np.unique(self.train.labels[self.calibration_ids]))
+        return len(np.unique(self.train.labels_of(self.calibration_ids)))
 
     def calibration(self) -> Iterator[Tensor]:
         """The calibration images, normalised, batch by batch."""
@@ -94,8 +94,7 @@ class Images:
             ids, beton = (None, self.val) if which == "validation" else (self.calibration_ids, self.train)
             spec, running = self._scorer.spec, self._options.running
             plan = EvalPlan(
-                beton.heights,
-                beton.widths,
+                *beton.sides,
                 img_size=spec.img_size,
                 crop_pct=spec.crop_pct,
                 batch_size=min(running.batch_size, beton.num_samples),

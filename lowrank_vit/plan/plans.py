@@ -348,7 +348,7 @@ class EvalPlan:
     def batch(self, epoch: int, step: int, ids: np.ndarray) -> BatchPlan:
         """The centre crops of `ids`, unmirrored and unmixed. Raises `UserError` for ids that do not exist."""
         check_batch(self, epoch, step, ids)
-        heights, widths = self.heights[ids], self.widths[ids]
+        heights, widths = self.heights[ids].astype(np.int64), self.widths[ids].astype(np.int64)
         resized, corners = center_crops(heights, widths, self.img_size, self._crop_pct)
         windows = center_windows(heights, widths, resized, corners, self.img_size)
         flips, interpolations = np.zeros(len(ids), bool), np.full(len(ids), self._interpolation, np.int8)

@@ -137,7 +137,7 @@ def _open_images(data_dir: Path) -> tuple[tuple[np.ndarray, np.ndarray], Callabl
     path = data_dir / "train.beton"
     if path.exists() or find_parts(path):
         beton = Beton(path)
-        return (beton.heights, beton.widths), lambda ids: _of_beton(beton, ids)
+        return beton.sides, lambda ids: _of_beton(beton, ids)
     lacking = f"--data-dir {data_dir} has no train.beton. Showing photographs instead"
     photographs = needs("skimage.data", extra="", to=lacking, instead="give --data-dir")
     sources = {"astronaut": photographs.astronaut(), "cat": photographs.chelsea()}
@@ -161,7 +161,7 @@ def _of_beton(beton: Beton, ids: np.ndarray) -> Images:
                 f"{beton.describe(int(i))} does not decode ({error}). Try `python -m data_prep verify`."
             ) from error
     classes = beton.classes or [str(n) for n in range(beton.num_classes)]
-    return images, beton.labels[ids], classes, str(beton.path)
+    return images, beton.labels_of(ids), classes, str(beton.path)
 
 
 LEVELS = (0, 2, 4, 6, 8, 10)

@@ -112,8 +112,7 @@ def _validate(options: ValidateOptions, say: Callable[[str], object], world: Wor
     agree(world, "data", lambda: data_record({"set": beton}, scorer.model), "opening the data")
     batch_size = min(options.batch_size, beton.num_samples)
     plan = EvalPlan(
-        beton.heights,
-        beton.widths,
+        *beton.sides,
         img_size=spec.img_size,
         crop_pct=spec.crop_pct,
         batch_size=batch_size,

@@ -106,7 +106,7 @@ def make_train_loader(
     rules = train_rules(config)
     of_epoch = length_of_epoch(there, rules.repeats)
     check_global_batch(of_epoch, batch_size, world.size, accum_steps, ("--batch-size ", "--grad-accum-steps"))
-    plan = TrainPlan(train.heights, train.widths, rules, **of_batch, **share)
+    plan = TrainPlan(*train.sides, rules, **of_batch, **share)
     options = replace(
         _decoding(config, world, device, "train", before),
         hw_decoder_load=config.data.hw_decoder_load,
@@ -127,8 +127,7 @@ def make_val_loader(
 ) -> tuple[Loader, str]:
     """The loader of the validation set, and a line about it. `before`: `loaders_before`."""
     plan = EvalPlan(
-        val.heights,
-        val.widths,
+        *val.sides,
         img_size=spec.img_size,
         crop_pct=spec.crop_pct,
         batch_size=batch_size,

@@ -67,6 +67,8 @@ class _Part(NamedTuple):
     sources: Sources
     whole: BatchPlan | None
     """The whole batch's plan, where this is its last part."""
+    labels: np.ndarray
+    """int64 (B,), of the whole batch; read with the samples, while the file is known to be whole."""
 
 
 class DaliBackend:
@@ -161,10 +163,8 @@ class DaliBackend:
 
     def _parts(self, plan: BatchPlan) -> Iterator[_Part]:
         """The batch in parts whose decoded pixels take at most `_part_bytes`, or single samples."""
-        if self._shape.is_evaluation:
-            sides = np.stack([self._beton.heights[plan.ids], self._beton.widths[plan.ids]], axis=1)
-        else:
-            sides = plan.windows[:, 2:]
+        labels, in_eval = self._beton.labels_of(plan.ids), self._shape.is_evaluation
+        sides = np.stack(self._beton.sides_of(plan.ids), axis=1) if in_eval else plan.windows[:, 2:]
         ends, used = [], 0
         for n, size in enumerate((3 * sides.astype(np.int64).prod(axis=1)).tolist()):
             if used and used + size > self._part_bytes:
@@ -174,22 +174,20 @@ class DaliBackend:
         starts, ends = [0, *ends], [*ends, len(plan.ids)]
         for start, end in zip(starts, ends, strict=True):
             part = plan if len(ends) == 1 else rows_of(plan, slice(start, end))
-            yield _Part(self._sources(part), plan if end == len(plan.ids) else None)
+            yield _Part(self._sources(part), plan if end == len(plan.ids) else None, labels)
 
     def _collect(self, in_flight: deque[_Part], begun: float) -> Iterator[tuple[Batch, Mark]]:
         """Take the next part out of DALI; if it is its batch's last, yield the batch and a mark of its end."""
         # With a stream, DALI makes the stream wait for the GPU, else the host.
         (made,) = self._pipeline.outputs(self._stream)
-        sources, plan = in_flight.popleft()
-        part = torch.from_dlpack(made.as_tensor()) if self._shape.resize else self._resized(made, sources.plan)
+        sources, plan, labels = in_flight.popleft()
+        part = torch.from_dlpack(made.as_tensor()) if self._shape.resize else self._resized(made, sources)
         self._made.append(part)
         self._made_ms += 1e3 * (time.perf_counter() - begun)
         batch = None
         if plan is not None:
             images_NHWC = torch.cat(self._made) if len(self._made) > 1 else part
-            batch = Batch(
-                images_NHWC.permute(0, 3, 1, 2), to_device(self._beton.labels_of(plan.ids), self._device), plan
-            )
+            batch = Batch(images_NHWC.permute(0, 3, 1, 2), to_device(labels, self._device), plan)
             self.decode_ms.append(self._made_ms)
         done = Mark.of(self._stream)
         self._being_read.keep((sources, self._made), done)  # a GPU may still copy from there
@@ -197,9 +195,9 @@ class DaliBackend:
             self._made, self._made_ms = [], 0.0
             yield batch, done
 
-    def _resized(self, decoded: Any, plan: BatchPlan) -> torch.Tensor:
+    def _resized(self, decoded: Any, sources: Sources) -> torch.Tensor:
         """uint8 (B, S, S, 3) from the windows, or whole images, that DALI has decoded on the CPU."""
-        size, heights, widths = self._shape.img_size, self._beton.heights[plan.ids], self._beton.widths[plan.ids]
+        plan, size, (heights, widths, _) = sources.plan, self._shape.img_size, sources.stored_shapes.T
         planned = cropped(spans(plan, heights, widths, size))
         sides = planned[:, :, LENGTH].astype(np.int64)
         made = [decoded[n] for n in range(len(plan.ids))]
@@ -238,7 +236,7 @@ class DaliBackend:
 
     def _sources(self, plan: BatchPlan) -> Sources:
         beton, ids = self._beton, plan.ids
-        sizes = np.stack([beton.heights[ids], beton.widths[ids], np.full(len(ids), 3)], axis=1)
+        sizes = np.stack([*beton.sides_of(ids), np.full(len(ids), 3)], axis=1)
         return Sources(
             data=[beton.sample(sample_id) for sample_id in ids],
             plan=plan,

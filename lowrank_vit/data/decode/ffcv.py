@@ -88,22 +88,21 @@ class FfcvBackend:
         self._flags = EXACT if isinstance(plan, EvalPlan) else FAST
         self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         start_threads()
-        self._decoding: Ahead[tuple[Tensor, BatchPlan]] | None = None
+        self._decoding: Ahead[tuple[Tensor, np.ndarray, BatchPlan]] | None = None
         self.decode_ms = new_meter()
 
     def decode(self, schedule: Schedule) -> Generator[Batch]:
         """Yield the schedule's batches; the thread that decodes them ends with this generator."""
         decoding = self._decoding = Ahead(self._decoded(schedule), self._prefetch, self.name)
         try:
-            for images_NHWC, plan in decoding:
+            for images_NHWC, labels, plan in decoding:
                 on_device = images_NHWC.to(self._device, non_blocking=True)
-                targets = to_device(self._beton.labels_of(plan.ids), self._device)
-                yield Batch(on_device.permute(0, 3, 1, 2), targets, plan)
+                yield Batch(on_device.permute(0, 3, 1, 2), to_device(labels, self._device), plan)
         finally:
             decoding.close()
             self._decoding = None
 
-    def _decoded(self, schedule: Schedule) -> Generator[tuple[Tensor, BatchPlan], None, None]:
+    def _decoded(self, schedule: Schedule) -> Generator[tuple[Tensor, np.ndarray, BatchPlan], None, None]:
         """Yield the batches as they lie on the host; runs in a thread of its own."""
         numba.set_num_threads(self._threads)  # a thread's own setting
         for plan in schedule:
@@ -111,9 +110,10 @@ class FfcvBackend:
             # torch re-uses pinned memory, but not before the copy from it is done.
             shape = len(plan.ids), self._img_size, self._img_size, 3
             images_NHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=cuda_path(self._device))
+            labels = self._beton.labels_of(plan.ids)  # now, while the file is known to be whole
             self._fill(images_NHWC.numpy(), plan)
             self.decode_ms.append(1e3 * (time.perf_counter() - begun))
-            made = images_NHWC, plan
+            made = images_NHWC, labels, plan
             del images_NHWC  # else its memory is held here until the next batch is made
             yield made
             del made
@@ -126,7 +126,7 @@ class FfcvBackend:
         warnings are judged as when converting.
         """
         beton, ids, size = self._beton, plan.ids, self._img_size
-        heights, widths = beton.heights[ids].astype(np.int64), beton.widths[ids].astype(np.int64)
+        heights, widths = beton.sides_of(ids)
         is_good = decode_batch(
             *(beton.bytes, beton.pointers[ids], beton.sizes[ids], beton.modes[ids], heights, widths),
             *(spans(plan, heights, widths, size), plan.interpolations, plan.flips, self._flags, self._threads, images),

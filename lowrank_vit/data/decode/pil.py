@@ -20,7 +20,7 @@ def decode(beton: Beton, sample_id: int) -> np.ndarray:
 
     Raises `ValueError` with Pillow's words if it is damaged, of another size, or no JPEG where it should be one.
     """
-    stored, height, width = beton.sample(sample_id), int(beton.heights[sample_id]), int(beton.widths[sample_id])
+    stored, (height, width) = beton.sample(sample_id), map(int, beton.sides_of(sample_id))
     if beton.modes[sample_id] == MODE_RAW:
         return stored.reshape(height, width, 3)
     if has_too_many_scans(stored):

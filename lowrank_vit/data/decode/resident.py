@@ -57,7 +57,7 @@ class ResidentBackend:
         return self._cut_on_device(plan) if cuda_path(self._device) else self._cut_on_threads(plan)
 
     def _sides(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._beton.heights[ids].astype(np.int64), self._beton.widths[ids].astype(np.int64)
+        return self._beton.sides_of(ids)
 
     def _cut_on_threads(self, plan: BatchPlan) -> Batch:
         ids, size = plan.ids, self._img_size

@@ -156,7 +156,7 @@ class ResidentSet:
     def _decode(self, sample_id: int, pixels: np.ndarray) -> None:
         """Decode as ffcv does in evaluation: with Pillow if libjpeg-turbo has an error or a warning."""
         beat()
-        beton, height, width = self._beton, int(self._beton.heights[sample_id]), int(self._beton.widths[sample_id])
+        beton, (height, width) = self._beton, map(int, self._beton.sides_of(sample_id))
         is_wrong = beton.contradicts(sample_id)
         try:
             if is_wrong or not decode_jpeg(beton.sample(sample_id), pixels, height, width, EXACT):

@@ -40,8 +40,8 @@ class Beton:
 
     Opening checks the header, the metadata and the allocation table, and the manifest if one lies beside the file, with
     the checksum of the index and the labels; anything wrong is a `BetonError` that names the file and the next step.
-    Of a large set one process of a node does that and publishes the index, which the others map (`published.py`); its
-    arrays are read-only. Samples are memory-mapped, not read.
+    Of a large set one process of a node does that and publishes what it found, which the others take (`published.py`).
+    Arrays are read-only. Samples are memory-mapped, not read.
 
     Example:
         >>> beton = Beton("train.beton")
@@ -65,8 +65,8 @@ class Beton:
         self._index = open_index(self.path, self.parts)
         columns, summary = self._index.columns, self._index.summary
         self.num_samples: int = self._index.num_samples
-        self.heights, self.widths = columns["heights"], columns["widths"]
-        """int32 (N,), pixels."""
+        self.sides = columns["heights"], columns["widths"]
+        """Heights and widths as plans take them: int32 or, not contiguous, uint16 (N,), pixels."""
         self.modes = columns["modes"]
         """uint8 (N,): MODE_JPEG or MODE_RAW."""
         self.sizes = columns["sizes"]
@@ -90,6 +90,8 @@ class Beton:
         self.classes = list(self.manifest.classes) if self.manifest else None
         """Class names in label order, or None without a manifest."""
         self._outputs: np.ndarray | None = None  # by label, see `relabel`
+        if self._index.file is not None:
+            self._mapped = self._index.file
         self._looked_at, self._contradicting = np.zeros(-(-self.num_samples // 8), np.uint8), set[int]()
         self._check_labels()
 
@@ -98,7 +100,8 @@ class Beton:
         limit = len(self.classes) if self.classes else max(self.num_samples, LABELS_UNNAMED)
         if self._index.summary.label_max < limit:
             return
-        first = int(np.flatnonzero(self.labels >= limit)[0])
+        labels = self.labels_of(slice(None))
+        first = int(np.flatnonzero(labels >= limit)[0])
         part = self.parts[self._part_of(first)]
         known = (
             f"its manifest names {limit} classes"
@@ -106,7 +109,7 @@ class Beton:
             else f"there is no manifest, and {self.num_samples:,} samples cannot have that many classes"
         )
         raise BetonError(
-            f"{self.describe(first)} has the label {self.labels[first]}, but {known}. The file is damaged, or its "
+            f"{self.describe(first)} has the label {labels[first]}, but {known}. The file is damaged, or its "
             f"manifest is another's: see `python -m data_prep verify {part}`, or convert it again."
         )
 
@@ -149,9 +152,24 @@ class Beton:
         self.classes = list(classes) if classes is not None else self.classes
 
     @cached_property
+    def heights(self) -> np.ndarray:
+        """int32 (N,), pixels; a copy where a large set is one file, see `sides_of`."""
+        return _whole(self.sides[0], np.int32)
+
+    @cached_property
+    def widths(self) -> np.ndarray:
+        """int32 (N,), pixels; a copy where a large set is one file, see `sides_of`."""
+        return _whole(self.sides[1], np.int32)
+
+    def sides_of(self, ids: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """Heights and widths of some samples, int64 (B,) each, pixels."""
+        heights, widths = self.sides
+        return heights[ids].astype(np.int64), widths[ids].astype(np.int64)
+
+    @cached_property
     def labels(self) -> np.ndarray:
-        """int64 (N,); a copy where labels are not those of the file. See `labels_of`."""
-        return self.labels_of(slice(None))
+        """int64 (N,); a copy where labels are not those of the file, or a large set is one file. See `labels_of`."""
+        return _whole(self.labels_of(slice(None)), np.int64)
 
     def labels_of(self, ids: np.ndarray | slice) -> np.ndarray:
         """int64 (B,): the labels of some samples."""
@@ -182,7 +200,8 @@ class Beton:
     def check_unchanged(self, ids: np.ndarray | None = None) -> None:
         """Raise `BetonError` if a mapped file has lost bytes: reading them would kill the process (SIGBUS).
 
-        Of the files that hold the samples `ids`, int64 (B,), or of all. A file that is merely removed or replaced by
+        Of the files that hold the samples `ids`, int64 (B,), or of all. Also if a file whose own tables are the index
+        was written to, so that they now place these samples outside it. A file that is merely removed or replaced by
         another stays readable through the map. No file is kept open for this, since a set may have thousands.
         """
         if "_mapped" not in self.__dict__:
@@ -190,10 +209,23 @@ class Beton:
         one = len(self.parts) == 1
         parts = range(len(self.parts)) if ids is None or one else np.unique(self._parts_of(ids)).tolist()
         for part in parts:
-            path, size = self.parts[part], int(self._index.file_sizes[part])
-            if (now := self._size_now(part)) < size:
-                shown = f"from {size:,} to {now:,} bytes" if now >= 0 else f"from {size:,} bytes"
-                raise BetonError(f"{path} was cut {shown} while it was open. Restore it and resume.")
+            self._check_size(part)
+        if ids is not None and self._index.file is not None and not self._is_possible(ids):
+            raise BetonError(f"{self.path} was written to while it was open. Restore it and resume.")
+
+    def _check_size(self, part: int) -> None:
+        size, now = int(self._index.file_sizes[part]), self._size_now(part)
+        if now < size:
+            shown = f"from {size:,} to {now:,} bytes" if now >= 0 else f"from {size:,} bytes"
+            raise BetonError(f"{self.parts[part]} was cut {shown} while it was open. Restore it and resume.")
+
+    def _is_possible(self, ids: np.ndarray) -> bool:
+        """Whether samples lie in the file, have pixels, and labels that are known."""
+        (heights, widths), pointers, sizes = self.sides_of(ids), self.pointers[ids], self.sizes[ids]
+        labels, is_raw = self._index.columns["labels"][ids], self.modes[ids] == MODE_RAW
+        is_inside = (pointers >= 0) & (sizes > 0) & (sizes <= len(self.bytes)) & (pointers <= len(self.bytes) - sizes)
+        is_inside &= (heights > 0) & (widths > 0) & (labels >= 0) & (labels <= self._index.summary.label_max)
+        return bool((is_inside & (~is_raw | (sizes == 3 * heights * widths))).all())
 
     def _size_now(self, part: int) -> int:
         """Bytes of a mapped file; -1 if it is no longer under its name and was cut."""
@@ -235,7 +267,7 @@ class Beton:
         except OSError as error:
             raise BetonError(f"{self.parts[part]} cannot be read: {error.strerror or error}.") from error
         if left:
-            self.check_unchanged(np.searchsorted(self.pointers, [start]) if self.is_ascending else None)
+            self._check_size(part)
             end = start + len(out)
             out[:] = self.bytes[start:end]
 
@@ -260,10 +292,10 @@ class Beton:
         """The same for one sample; the answer is not kept."""
         if self.modes[sample_id] == MODE_RAW:
             return False
-        size = int(self.heights[sample_id]), int(self.widths[sample_id])
-        address = self.bytes.ctypes.data + int(self.pointers[sample_id])
-        is_sound = turbojpeg.size_at(address, int(self.sizes[sample_id])) == size and math.prod(size) <= MAX_PIXELS
-        return not is_sound or has_too_many_scans(self.sample(sample_id))
+        height, width = self.sides_of(sample_id)
+        data, size = self.sample(sample_id), (int(height), int(width))
+        is_sound = turbojpeg.size_at(data.ctypes.data, data.size) == size and math.prod(size) <= MAX_PIXELS
+        return not is_sound or has_too_many_scans(data)
 
     def _parts_of(self, ids: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._index.first_ids, ids, side="right") - 1
@@ -281,3 +313,10 @@ class Beton:
             manifest = self.manifest if self.manifest and is_first else read_manifest(path)
             words += f" (from {one_line(Path(manifest.source) / read_sample_name(path, local))})"
         return words
+
+
+def _whole(column: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
+    """A column as callers may use it with any library: contiguous, aligned and read-only; itself where it is."""
+    whole = np.require(column, dtype, ["C", "A"])
+    whole.flags.writeable = False
+    return whole

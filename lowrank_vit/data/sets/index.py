@@ -15,9 +15,9 @@ import xxhash
 from data_prep.formats.beton import MODE_RAW, part_path
 from data_prep.formats.jpeg import MAX_PIXELS
 from data_prep.formats.sidecars import Manifest, check_index, manifest_path, read_manifest
-from data_prep.formats.tables import Layout, check_count, empty_columns, read_layout, read_tables
+from data_prep.formats.tables import Layout, check_count, empty_columns, read_layout, read_tables, scan_tables
 from lowrank_vit.common.errors import BetonError
-from lowrank_vit.common.filesystem import starts_of
+from lowrank_vit.common.filesystem import MappedFiles, starts_of
 from lowrank_vit.common.threads import beat
 
 LARGE = 99
@@ -61,12 +61,15 @@ class Index:
     """The checked index of a set of P files and N samples; its arrays cannot be written to."""
 
     columns: Mapping[str, np.ndarray]
-    """`COLUMNS`, (N,) each; pointers are those into the files behind one another, see `filesystem.map_files`."""
+    """`COLUMNS`, (N,) each, or the file's own, see `columns_in_place`; pointers are those into the files behind one
+    another, see `filesystem.map_files`."""
     first_ids: np.ndarray
     """int64 (P + 1,): the first sample of each file, and N."""
     file_sizes: np.ndarray
     """int64 (P,), bytes."""
     summary: Summary
+    file: MappedFiles | None = None
+    """The one file whose own tables are the columns; None: they are copies."""
     why_private: str = ""
     """Why each process keeps an index of its own, though the set is large; in words."""
 
@@ -109,7 +112,22 @@ def read_index(path: Path, layouts: Sequence[Layout], columns: Mapping[str, np.n
     for column in columns.values():
         column.flags.writeable = False
     of_manifests = _of_manifests(path, layouts, checksums)
-    return Index(columns, first_ids, file_sizes, Summary(**_of_samples(columns), **of_manifests))
+    found = _Found()
+    for block in blocks(columns):
+        found.add(block)
+    return Index(columns, first_ids, file_sizes, Summary(**found.of_samples(), **of_manifests))
+
+
+def summary_in_place(path: Path, layout: Layout) -> Summary | None:
+    """The summary of a set of one file whose own tables can be its index; None where they cannot, see `scan_tables`.
+
+    Raises `BetonError`: the file, or its manifest, is damaged, or they do not belong together.
+    """
+    found = _Found()
+    checksum = scan_tables(layout, found.add)
+    if checksum is None:
+        return None
+    return Summary(**found.of_samples(), **_of_manifests(path, [layout], [checksum]))
 
 
 def _of_manifests(path: Path, layouts: Sequence[Layout], checksums: Sequence[str]) -> dict[str, Any]:
@@ -181,39 +199,53 @@ def decoded_bytes(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     return 3 * pixels
 
 
-def _of_samples(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    num_raw, label_max, stored, decoded, is_uniform, is_ascending, before = 0, 0, 0, 0, True, True, 0
-    size = int(columns["heights"][0]), int(columns["widths"][0])
-    counts = {"heights": np.zeros(1 << 16, np.int64), "widths": np.zeros(1 << 16, np.int64)}
-    digests = {name: xxhash.xxh3_64() for name in ("labels", "heights", "widths", "modes", "sizes")}
-    for block in blocks(columns):
-        for name, digest in digests.items():
+class _Found:
+    """What all samples say together, a block at a time."""
+
+    def __init__(self) -> None:
+        self._num_raw, self._label_max, self._stored, self._decoded, self._before = 0, 0, 0, 0, 0
+        self._size: tuple[int, int] | None = None  # of the first image
+        self._is_uniform = self._is_ascending = True
+        self._counts = {"heights": np.zeros(1 << 16, np.int64), "widths": np.zeros(1 << 16, np.int64)}
+        self._digests = {name: xxhash.xxh3_64() for name in ("labels", "heights", "widths", "modes", "sizes")}
+
+    def add(self, block: Mapping[str, np.ndarray]) -> None:
+        """The next samples, in the dtypes of `COLUMNS`."""
+        heights, widths, pointers = block["heights"], block["widths"], block["pointers"]
+        for name, digest in self._digests.items():
             digest.update(block[name].data)
         is_raw = block["modes"] == MODE_RAW
         raw = int(np.count_nonzero(is_raw))
-        num_raw, label_max = num_raw + raw, max(label_max, int(block["labels"].max()))
-        stored, decoded = stored + int(block["sizes"].sum()), decoded + int(decoded_bytes(block).sum())
-        is_uniform = is_uniform and bool((block["heights"] == size[0]).all() and (block["widths"] == size[1]).all())
-        pointers = block["pointers"]
-        is_ascending = is_ascending and bool(pointers[0] >= before and (pointers[1:] >= pointers[:-1]).all())
-        before = int(pointers[-1])
+        self._num_raw, self._label_max = self._num_raw + raw, max(self._label_max, int(block["labels"].max()))
+        self._stored += int(block["sizes"].sum())
+        self._decoded += int(decoded_bytes(block).sum())
+        self._size = self._size or (int(heights[0]), int(widths[0]))
+        if self._is_uniform:
+            self._is_uniform = bool((heights == self._size[0]).all() and (widths == self._size[1]).all())
+        if self._is_ascending:
+            self._is_ascending = bool(pointers[0] >= self._before and (pointers[1:] >= pointers[:-1]).all())
+        self._before = int(pointers[-1])
         if raw == len(is_raw):
-            continue
-        for name, count in counts.items():
+            return
+        for name, count in self._counts.items():
             found = np.bincount(block[name][~is_raw] if raw else block[name])
             count[: len(found)] += found
-    return {
-        "num_raw": num_raw,
-        "label_max": label_max,
-        "stored_bytes": stored,
-        "decoded_bytes": decoded,
-        "is_uniform": is_uniform,
-        "is_ascending": is_ascending,
-        "jpeg_height": _percentile(counts["heights"]),
-        "jpeg_width": _percentile(counts["widths"]),
-        "labels_xxh3": digests.pop("labels").hexdigest(),
-        "images_xxh3": " ".join(digest.hexdigest() for digest in digests.values()),
-    }
+
+    def of_samples(self) -> dict[str, Any]:
+        """Those parts of a `Summary` that no manifest tells."""
+        digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
+        return {
+            "num_raw": self._num_raw,
+            "label_max": self._label_max,
+            "stored_bytes": self._stored,
+            "decoded_bytes": self._decoded,
+            "is_uniform": self._is_uniform,
+            "is_ascending": self._is_ascending,
+            "jpeg_height": _percentile(self._counts["heights"]),
+            "jpeg_width": _percentile(self._counts["widths"]),
+            "labels_xxh3": digests.pop("labels"),
+            "images_xxh3": " ".join(digests.values()),
+        }
 
 
 def _percentile(counts: np.ndarray) -> int:

@@ -1,11 +1,14 @@
 """A large set's index, checked by one process of a node and mapped by all others and by later runs.
 
-The file is `.FILE.beton.index1-UID` beside the set (of parts, `.FILE.beton.HASH.index1-UID`). Where that folder cannot
+One file in the order of its addresses, as a converter leaves it, is its own index: all map its tables, and only what
+follows of them is published. Of parts, and of other orders, the columns are published too.
+
+The file is `.FILE.beton.index2-UID` beside the set (of parts, `.FILE.beton.HASH.index2-UID`). Where that folder cannot
 be written, or is on another disk than the set's files, it lies in the folder for temporary files or in shared memory.
 Only its owner can read it, and nobody else's is opened. It is taken while all files and manifests of the set have the
 inode, size and time that they had when they were checked; else it is replaced.
 
-    header 64 KiB: magic, version, length and XXH3-64 of what follows, JSON | columns, from a page on each | ids | sizes
+    header 64 KiB: magic, version, length and XXH3-64 of what follows, JSON | columns | ids | sizes
 """
 
 from __future__ import annotations
@@ -27,18 +30,18 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_prep.formats.beton import align_to_page
+from data_prep.formats.beton import METADATA_START, SAMPLE, align_to_page
 from data_prep.formats.sidecars import manifest_path
-from data_prep.formats.tables import COLUMNS, Layout
+from data_prep.formats.tables import COLUMNS, Layout, columns_in_place
 from lowrank_vit.common.errors import BetonError
 from lowrank_vit.common.files import remove_leftovers, whole_file
-from lowrank_vit.common.filesystem import map_descriptor
+from lowrank_vit.common.filesystem import map_descriptor, map_files, read_by_pieces
 from lowrank_vit.common.locks import try_flock
 from lowrank_vit.common.terminal import as_bytes
 from lowrank_vit.common.threads import beat
-from lowrank_vit.data.sets.index import Index, Summary, places_of, read_index, read_layouts
+from lowrank_vit.data.sets.index import Index, Summary, places_of, read_index, read_layouts, summary_in_place
 
-VERSION = 1
+VERSION = 2
 """Goes up when the bytes change, and with it the file's name, so that two versions do not replace each other's."""
 PUBLISHED_FROM = 1 << 16
 """Samples; the index of a smaller set is read in less time than it takes to look for another."""
@@ -109,15 +112,27 @@ def _map(place: Path, parts: Sequence[Path]) -> Index:
         if (magic, version) != (_MAGIC, VERSION) or xxhash.xxh3_64_intdigest(text) != checksum:
             raise ValueError("it is of another version, or damaged")
         told = json.loads(text)
-        starts = _starts(told["num_samples"], told["num_parts"])
+        table_start: int | None = told["table_start"]
+        starts = _starts(told["num_samples"], told["num_parts"], has_columns=table_start is None)
+        # Mapped before it is compared, so that what is compared is what is mapped.
+        file = map_files(parts[:1], [0]) if table_start is not None else None
         # A map of a file that is shorter than it should be would end the process where it is read.
         if told["num_parts"] != len(parts) or starts["end"][0] != found.st_size or told["key"] != _key(place, parts):
             raise ValueError("it is of other files")
-        columns = _arrays(map_descriptor(descriptor), starts)
+        mapped = map_descriptor(descriptor)
+        read_by_pieces(np.frombuffer(mapped, np.uint8))
+        columns = _arrays(mapped, starts)
+        if file is not None and table_start is not None:
+            now = parts[0].stat()
+            if file.ids != [(now.st_dev, now.st_ino)] or len(file.bytes) != columns["file_sizes"][0]:
+                raise ValueError("another file was mapped")
+            columns |= columns_in_place(file.bytes, told["num_samples"], table_start)
+            read_by_pieces(file.bytes[: METADATA_START + told["num_samples"] * SAMPLE.itemsize])
+            read_by_pieces(file.bytes[table_start:])
     finally:
         os.close(descriptor)
     first_ids, file_sizes = columns.pop("first_ids"), columns.pop("file_sizes")
-    return Index(columns, first_ids, file_sizes, Summary(**told["summary"]))
+    return Index(columns, first_ids, file_sizes, Summary(**told["summary"]), file)
 
 
 def _publish(place: Path, path: Path, layouts: Sequence[Layout]) -> None:
@@ -129,7 +144,9 @@ def _publish(place: Path, path: Path, layouts: Sequence[Layout]) -> None:
             raise PermissionError(1, "another user's file lies there")
     parts = [layout.path for layout in layouts]
     first_ids, file_sizes = places_of(layouts)
-    starts, key = _starts(int(first_ids[-1]), len(parts)), _key(place, parts)
+    key = _key(place, parts)
+    summary = summary_in_place(path, layouts[0]) if len(parts) == 1 else None
+    starts = _starts(int(first_ids[-1]), len(parts), has_columns=summary is None)
     remove_leftovers(place.parent, place.name)
     with whole_file(place, through_link=False, mode=0o600) as file:
         # Room is taken before it is mapped: writing to a map of a full disk would end the process.
@@ -137,8 +154,10 @@ def _publish(place: Path, path: Path, layouts: Sequence[Layout]) -> None:
         mapped = mmap.mmap(file.fileno(), starts["end"][0])
         arrays = _arrays(mapped, starts)
         arrays.pop("first_ids")[:], arrays.pop("file_sizes")[:] = first_ids, file_sizes
-        summary = read_index(path, layouts, arrays).summary
+        table_start = None if summary is None else layouts[0].table_start
+        summary = summary or read_index(path, layouts, arrays).summary
         told = {"key": key, "num_samples": int(first_ids[-1]), "num_parts": len(parts), "summary": asdict(summary)}
+        told |= {"table_start": table_start}
         text = json.dumps(told).encode("ascii")
         if len(text) > _HEADER_BYTES - _HEAD.size:
             raise OSError(None, "the manifests give more reasons than there is room for")
@@ -147,9 +166,9 @@ def _publish(place: Path, path: Path, layouts: Sequence[Layout]) -> None:
             raise BetonError(f"{path} was changed while it was read. Try again when its conversion is finished.")
 
 
-def _starts(num_samples: int, num_parts: int) -> dict[str, tuple[int, int, np.dtype[Any]]]:
+def _starts(num_samples: int, num_parts: int, *, has_columns: bool) -> dict[str, tuple[int, int, np.dtype[Any]]]:
     """Where each array begins, how long it is, and of what; `end` is where the file ends."""
-    arrays = {name: (num_samples, dtype) for name, dtype in COLUMNS.items()}
+    arrays = {name: (num_samples, dtype) for name, dtype in COLUMNS.items() if has_columns}
     arrays |= {"first_ids": (num_parts + 1, np.dtype(np.int64)), "file_sizes": (num_parts, np.dtype(np.int64))}
     starts, at = {}, _HEADER_BYTES
     for name, (length, dtype) in arrays.items():

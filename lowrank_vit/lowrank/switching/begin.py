@@ -161,8 +161,7 @@ class TrainingImages:
             return [(made.images[:count], made.targets[:count])]
         beton, spec = self._train, self._spec
         plan = EvalPlan(
-            beton.heights,
-            beton.widths,
+            *beton.sides,
             img_size=spec.img_size,
             crop_pct=spec.crop_pct,
             batch_size=_BATCH,

@@ -305,6 +305,7 @@ for epoch in range(10**9):
     assert "KeyboardInterrupt" in errors
 
 
+@pytest.mark.slow  # a process that imports all, on one core
 @pytest.mark.parametrize("backend", ["ffcv", "dali"])
 def test_a_process_on_one_core_ends(sets, backend):
     """TBB's first task, for which the end of a process waits, is nobody's there but its own thread's."""
