@@ -184,7 +184,7 @@ def test_a_set_without_names_must_have_as_many_classes(tmp_path, train, val, nam
     with pytest.raises(UserError, match="The two sets have different") as caught:
         open_datasets(DataOptions("", place), None)
     assert all(str(place / f"{split}.beton") in str(caught.value) for split in ("train", "val"))
-    assert ("say --trust-labels" in str(caught.value)) == (named != "train")
+    assert ("give --trust-labels" in str(caught.value)) == (named != "train")
     options = DataOptions("", place, trust_labels=True)
     if trusted is None:
         with pytest.raises(UserError, match="different"):
