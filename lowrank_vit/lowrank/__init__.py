@@ -1,1 +1,1 @@
-"""Low rank: how many directions each layer needs, and models that have only those."""
+"""Low rank: how many singular directions each layer needs, and models that keep only those."""

@@ -1,7 +1,7 @@
 """Ranks for a budget: how many directions each layer keeps.
 
-A budget is a share of the whole model's parameters, or of its FLOPs, and is never exceeded. A layer has rank 1 at
-least, and stays whole where no rank that it could have would save anything (`Layer.pays`); it is not named then.
+A budget is a share of the whole model's parameters or FLOPs, and is never exceeded. A factorised layer has at least
+rank 1. A layer stays whole, and is not listed, if no possible rank saves anything (`Layer.pays`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lowrank_vit.lowrank.layers import By, Costs
 from lowrank_vit.lowrank.truncate import Decomposition
 
 Ranks = dict[str, int]
-"""By the name of a layer; layers that are not named stay whole."""
+"""Rank by layer name; layers that are not listed stay whole."""
 _NEAR = 0.1
-"""The share of the targets' parameters that the constant is best measured at."""
+"""The share of the targets' parameters at which the constant is measured best."""
 _HALVINGS = 60
 
 
 def uniform(decompositions: Mapping[str, object], budget: float, costs: Costs, by: By = "params") -> Ranks:
-    """The greatest common share of its own cost for every layer; budget and errors as for `greedy`.
+    """Give every layer the same share of its own cost, as large as the budget allows; errors as for `greedy`.
 
-    Of `decompositions` the names alone count.
+    Only the names in `decompositions` are used.
     """
 
     def rank_at(name: str, share: float) -> int:
@@ -38,7 +38,7 @@ def uniform(decompositions: Mapping[str, object], budget: float, costs: Costs, b
 
 
 def energy(decompositions: Mapping[str, Decomposition], budget: float, costs: Costs, by: By = "params") -> Ranks:
-    """The greatest common share of its squared values that every layer keeps; budget and errors as for `greedy`."""
+    """Let every layer keep the same share of its squared values, as large as the budget allows; see `greedy`."""
     left_out = {name: one.own_losses / (one.own_losses[0] or 1.0) for name, one in decompositions.items()}
 
     def rank_at(name: str, share: float) -> int:
@@ -48,21 +48,21 @@ def energy(decompositions: Mapping[str, Decomposition], budget: float, costs: Co
 
 
 def greedy(decompositions: Mapping[str, Decomposition], budget: float, costs: Costs, by: By = "params") -> Ranks:
-    """The next rank goes where it lessens the sum of the method's own losses most for its cost.
+    """Give the next rank to the layer where it lowers the sum of the method's own losses most for its cost.
 
-    Losses fall ever more slowly with the rank, but the step from the greatest rank that pays to the whole layer is
-    dear: so a step may pass over ranks to where its saving for its cost is greatest, which is the next corner of the
-    convex hull of cost and loss. What is left of the budget at last goes to the best steps that it has room for. The
-    sum is that of the best ranks for the budget (a knapsack) but for less than one step.
+    The loss falls ever more slowly with the rank, but the step from the largest rank that pays to the whole layer is
+    expensive. A step may therefore skip ranks, to the one with the greatest saving for its cost: the next corner of the
+    convex hull of cost and loss. The rest of the budget goes to the best steps that still fit. The sum differs from
+    that of the best ranks for the budget (a knapsack problem) by less than one step.
 
     Args:
-        decompositions: of every layer of `costs`.
+        decompositions: one for every layer of `costs`.
         budget: share of the whole model's parameters or FLOPs, above 0.
         costs: of the model.
         by: what the budget is a share of.
 
     Raises:
-        UserError: the budget is below what the model needs with all layers at rank 1, or no number above 0.
+        UserError: the budget is not above 0, or is below what the model needs with all layers at rank 1.
     """
     left = _left_over(decompositions, budget, costs, by)
     steps = {name: _Steps.of(one, costs, name, by) for name, one in decompositions.items()}
@@ -91,16 +91,16 @@ ALLOCATIONS: dict[str, Callable[[Mapping[str, Decomposition], float, Costs, By],
     "energy": energy,
     "greedy": greedy,
 }
-"""By the name that the command line has for them."""
+"""By the name on the command line."""
 
 
 def least_budget(costs: Costs, by: By = "params") -> float:
-    """The least share of the model that a budget can be: all that is not factorised, and each layer at rank 1."""
+    """The smallest possible budget: everything that is not factorised, and each layer at rank 1, as a share."""
     return costs.count(_least(costs), by) / costs.count({}, by)
 
 
 def check_share_of(flag: str, share: float, costs: Costs) -> None:
-    """Raise `UserError` for a share of the targets' parameters that has no room for rank 1 of all; `costs_alone`."""
+    """Raise `UserError` if a share of the targets' parameters is too small for rank 1 everywhere; see `costs_alone`."""
     if share < (least := least_budget(costs)):
         raise UserError(
             f"{flag}: rank 1 of every target needs {math.ceil(least * 1e4) / 1e4:g} of their parameters. Give at least "
@@ -109,27 +109,27 @@ def check_share_of(flag: str, share: float, costs: Costs) -> None:
 
 
 def predicted_loss(decompositions: Mapping[str, Decomposition], ranks: Ranks) -> float:
-    """The sum over layers of the losses predicted at these ranks, nats an image; see `truncate.decompose`."""
+    """The sum over layers of the losses predicted at these ranks, nats per image; see `truncate.decompose`."""
     return math.fsum(float(decompositions[name].losses[rank]) for name, rank in ranks.items())
 
 
 class Measured(NamedTuple):
-    """A truncation that was scored."""
+    """The score of a truncation."""
 
     share: float
-    """Of the targets' parameters that it keeps."""
+    """Share of the targets' parameters that it keeps, 0-1."""
     predicted: float
-    """Loss above the original's, nats an image, as `predicted_loss` has it."""
+    """Rise of the loss over the original's, nats per image, by `predicted_loss`."""
     loss: float
-    """The same, measured."""
+    """The measured rise, nats per image."""
 
 
 def measured_constant(points: Iterable[Measured]) -> float:
-    """What predicted losses are to be multiplied by: measured over predicted, of the truncation nearest a tenth.
+    """The factor for predicted losses: measured over predicted rise, of the truncation nearest to a tenth.
 
-    Predictions take tokens for independent, the loss for quadratic and the errors of layers for unrelated, so they are
-    too low, by much the same factor at all shares where the loss is above its noise. Nearest by the ratio of the
-    shares. 1 where no point has both losses above 0.
+    Predictions assume independent tokens, a quadratic loss and unrelated errors of layers. So they are too low, by much
+    the same factor at all shares where the rise exceeds its noise. The nearest truncation is the one with the smallest
+    ratio between the shares. Returns 1 if no point has both losses above 0.
     """
     usable = [point for point in points if point.share > 0 and point.predicted > 0 and point.loss > 0]
     if not usable:
@@ -141,10 +141,10 @@ def measured_constant(points: Iterable[Measured]) -> float:
 def sensitivities(
     decompositions: Mapping[str, Decomposition], costs: Costs, shares: Sequence[float] = (0.5, 0.3, 0.2, 0.1, 0.05)
 ) -> list[dict[str, float | int | str]]:
-    """A table of the loss that each layer alone is predicted to cause: a row for each layer and share of it kept.
+    """The predicted loss when one layer alone is truncated: a row for each layer and share of it that is kept.
 
-    Columns: `layer`, `share`, `rank` (the greatest that the share has room for, 1 at least), `predicted_loss`. Shares
-    whose rank saves nothing are left out.
+    Columns: `layer`, `share`, `rank` (the largest that fits the share, at least 1), `predicted_loss`. Shares whose rank
+    saves nothing are left out.
     """
     rows: list[dict[str, float | int | str]] = []
     for name, one in decompositions.items():
@@ -162,8 +162,8 @@ def _least(costs: Costs) -> Ranks:
 
 
 def _left_over(decompositions: Mapping[str, object], budget: float, costs: Costs, by: By) -> int:
-    """What the budget has left with all layers at rank 1, parameters or FLOPs."""
-    assert decompositions.keys() == costs.layers.keys(), "decompositions and costs are of the same layers"
+    """What is left of the budget with all layers at rank 1, in parameters or FLOPs."""
+    assert decompositions.keys() == costs.layers.keys(), "decompositions and costs must have the same layers"
     least = least_budget(costs, by)
     if not budget >= least:
         what = "parameters" if by == "params" else "FLOPs"
@@ -182,10 +182,10 @@ def _bisected(
     by: By,
     rank_at: Callable[[str, float], int],
 ) -> Ranks:
-    """The ranks of the greatest share, 0 to 1, that fits; `rank_at` must not fall with it.
+    """The ranks of the largest share, 0 to 1, that fits the budget; `rank_at` must not fall as the share rises.
 
-    Where the next rank comes at one share for many layers, as those of all blocks, the budget may have room for some of
-    them: they go out one at a time, in the order of the layers.
+    Many layers, such as those of all blocks, may gain their next rank at the same share. If the budget has room for
+    only some of them, the ranks are given one at a time, in the order of the layers.
     """
     limit = costs.count(_least(costs), by) + _left_over(decompositions, budget, costs, by)
     if costs.count({}, by) <= limit:
@@ -224,7 +224,7 @@ def _bisected(
 
 
 class _Steps(NamedTuple):
-    """What a layer may be: its ranks from 1 on that save something, and None for the whole; costs rise."""
+    """A layer's choices: the ranks from 1 on that save something, then None for the whole layer; costs rise."""
 
     ranks: list[int | None]
     costs: np.ndarray
@@ -238,7 +238,7 @@ class _Steps(NamedTuple):
         return cls(ranks, np.array([layer.cost(rank, by) for rank in ranks], np.int64), np.array(losses))
 
     def best(self, at: int, left: int) -> tuple[float, int] | None:
-        """The greatest saving for its cost of any step from `at` that there is room for, and where it leads."""
+        """The best ratio of saving to cost among the steps from `at` that fit `left`, and where it leads; or None."""
         more = self.costs[at + 1 :] - self.costs[at]
         fits = int(np.searchsorted(more, left, side="right"))
         if not fits:

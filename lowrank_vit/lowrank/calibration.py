@@ -1,8 +1,8 @@
-"""Moments of what goes into layers and of the gradients at what comes out, which methods of truncation weigh by.
+"""Moments of layers' inputs and of the gradients at their outputs, which weight the methods of truncation.
 
 Letters of shapes: N images, T tokens, R rows and C columns of a layer's weight (y = W x + b), P pieces of its rows.
-Gradients are those of the true Fisher: of the summed cross-entropy of labels drawn from the model's own softmax
-(Kunstner, Hennig & Balles, "Limitations of the empirical Fisher approximation", NeurIPS 2019). Labels of the set are
+Gradients are those of the true Fisher: of the summed cross-entropy with labels drawn from the model's own softmax
+(Kunstner, Hennig & Balles, "Limitations of the empirical Fisher approximation", NeurIPS 2019). The set's own labels are
 not needed.
 """
 
@@ -25,22 +25,22 @@ from lowrank_vit.plan.operations import uniform_table
 from lowrank_vit.plan.philox import Stream
 
 _CHUNK = 2**24
-"""Entries of a float64 copy that is made at a time; 128 MB."""
+"""Entries of one float64 copy; 128 MB."""
 _BLOCK = 256
-"""Rows of a symmetric matrix that are summed at a time."""
+"""Rows of a symmetric matrix summed at a time."""
 _ROOM_BYTES = 2 << 30
-"""What the images of one forward pass may keep for their gradients; a ViT-B of 224 pixels has 11 images in that."""
+"""Memory that the images of one forward pass may keep for gradients: 11 images for a ViT-B at 224 pixels."""
 _Seen = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
-"""A forward hook: of a layer, its arguments and its output."""
+"""A forward hook, which takes a layer, its arguments and its output."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What a calibration set tells about one layer; float64, on the layer's device."""
+    """Statistics of a calibration set for one layer; float64, on the layer's device."""
 
     images: int
     tokens: int
-    """Of all images together."""
+    """Number of tokens of all images together."""
     input_CC: Tensor
     """S, the mean over tokens of x x^T."""
     mean_C: Tensor
@@ -48,7 +48,7 @@ class Moments:
     magnitude_C: Tensor
     """The mean over tokens of |x|."""
     gradient_RR: Tensor
-    """G, the sum over an image's tokens of g g^T, its mean over images; g is the gradient at y."""
+    """G, the mean over images of the sum over an image's tokens of g g^T; g is the gradient at y."""
     fisher_PC: Tensor
     """The mean over images of the squared gradient of each weight, summed over the rows of each of P equal pieces."""
 
@@ -58,7 +58,7 @@ class Moments:
         return self.input_CC - torch.outer(self.mean_C, self.mean_C)
 
     def rows(self, low: int, high: int) -> Moments:
-        """The moments of the layer that has only these rows, which must be whole pieces."""
+        """The moments of a layer with only these rows. Raises `ValueError` unless they are whole pieces."""
         size, rest = divmod(len(self.gradient_RR), len(self.fisher_PC))
         assert not rest, "pieces are equal"
         if low % size or high % size:
@@ -79,31 +79,31 @@ def calibrate(
     pieces: Mapping[str, int] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Moments]:
-    """The moments of layers over a calibration set, with memory that depends neither on its size nor on its batches'.
+    """The moments of layers over a calibration set. Memory depends neither on the set's size nor on the batch size.
 
-    Products are taken in float64 on the device that the layers are on: with float32 products the noise of S would
-    exceed its damping wherever a few directions carry most of it.
+    Products are computed in float64 on the layers' device. With float32 products, the noise of S would exceed its
+    damping wherever a few directions carry most of S.
 
     Args:
-        model: float32 or float64, its images to logits (N, classes). It is evaluated without dropout and drop path, in
-            its own precision, and left as it was.
-        batches: images (N, 3, height, width), normalised, on any device. A forward pass takes as many of them as there
-            is room for.
+        model: float32 or float64, maps images to logits (N, classes). It is evaluated without dropout and drop path, in
+        its own precision, and left unchanged.
+        batches: images (N, 3, height, width), normalised, on any device. A forward pass takes as many of them as fit in
+        memory.
         targets: layers of the model by name.
-        seed: of the labels, which depend on an image's place in the stream, not on the size of batches.
-        pieces: by name into how many equal pieces of rows a layer is to be taken apart, see `Moments.rows`; else 1.
-        progress: called after each forward pass with the number of images so far.
+        seed: for the drawn labels, which depend on an image's position in the stream, not on the batch size.
+        pieces: by name, into how many equal pieces of rows a layer may be split, see `Moments.rows`; 1 if not listed.
+        progress: called after each forward pass with the number of images done.
 
     Raises:
-        UserError: no image, no target, a model in half precision, logits that are not finite, a layer whose forward is
-            not called, or one to which an image's tokens do not come together.
+        UserError: there is no image or no target, the model is in half precision, logits are not finite, a layer's
+            forward is not called, or a layer does not get the tokens of an image together.
     """
     if not targets:
         raise UserError("There is no layer to calibrate: the targets match nothing.")
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"Calibration needs a model in float32, but {name} is {kind}. Convert it: model.float().")
+            raise UserError(f"Calibration needs a model in float32, but {name} is {kind}. Call model.float() first.")
     device = next(iter(targets.values())).weight.device
     sums = {name: _Sums(name, layer, (pieces or {}).get(name, 1)) for name, layer in targets.items()}
     done, room = 0, 0
@@ -133,10 +133,10 @@ def calibrate_in_turn(
     pieces: Mapping[str, int] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Calibrate block after block, each with all before it compressed already (SVD-LLM's sequential update).
+    """Calibrate block after block, with all blocks before it already compressed (SVD-LLM's sequential update).
 
-    One pass over the set for each of `blocks_of`. `batches` gives the calibration set anew; `compress` is called with
-    the moments of a block's layers and puts their factors into the model. The rest is as for `calibrate`; targets come
+    Makes one pass over the set for each of `blocks_of`. `batches` returns the calibration set anew. `compress` gets the
+    moments of a block's layers and puts their factors into the model. The rest is as for `calibrate`; targets must be
     in the order of the forward pass.
     """
     done = 0
@@ -154,7 +154,7 @@ def calibrate_in_turn(
 
 
 def blocks_of(names: Iterable[str]) -> list[list[str]]:
-    """Layers by block: those with the same name up to its last number, as "blocks.3" has four; in order."""
+    """Group layers by block, in order: a block is a name up to its last number, such as "blocks.3"."""
     blocks: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")
@@ -166,7 +166,7 @@ def blocks_of(names: Iterable[str]) -> list[list[str]]:
 def _back_and_forth(model: nn.Module, images: Tensor, seed: int, first: int) -> None:
     """A forward and a backward pass; images are numbered from `first`.
 
-    A function of its own, so that nothing of a graph, whose hooks hold every layer's inputs, outlives it.
+    This is a separate function so that the graph, whose hooks hold every layer's inputs, is freed at its end.
     """
     logits: Tensor = model(images.requires_grad_())
     check_finite(model, images, logits)
@@ -175,10 +175,10 @@ def _back_and_forth(model: nn.Module, images: Tensor, seed: int, first: int) -> 
 
 
 def _bytes_of_one(model: nn.Module, targets: Mapping[str, nn.Linear], image: Tensor) -> int:
-    """What a forward pass of one image (1, 3, height, width) keeps for its gradients, and a few bytes more.
+    """Bytes that a forward pass of one image (1, 3, height, width) keeps for gradients, or slightly more.
 
-    Raises `UserError` for a layer that takes in something else for the image, or at other places, with another image
-    behind it: gradients at its outputs cannot be told apart by image.
+    Raises `UserError` for a layer whose input for the image, or its position, changes when another image follows:
+    gradients at its outputs cannot be assigned to images.
     """
     kept: dict[int, int] = {}
     inputs: dict[str, list[Tensor]] = {name: [] for name in targets}
@@ -186,7 +186,8 @@ def _bytes_of_one(model: nn.Module, targets: Mapping[str, nn.Linear], image: Ten
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # itself it may be the output of what saves it, which then never goes
+        return tensor.detach()  # the tensor itself may be the output of the node that saves it: a cycle that is never
+        # freed
 
     def see(name: str, _layer: nn.Module, given: tuple[Tensor, ...], _output: Tensor) -> None:
         inputs[name].append(keep(given[0]))
@@ -204,13 +205,13 @@ def _bytes_of_one(model: nn.Module, targets: Mapping[str, nn.Linear], image: Ten
         for alone, both in zip(seen[:half], seen[half:], strict=True):
             if not _comes_first(alone, both):
                 raise UserError(
-                    f"{name} does not take in one image's tokens after another's, which its moments need: leave it out."
+                    f"{name} does not take one image's tokens after another's, as its moments need. Leave it out."
                 )
     return max(found, 1)
 
 
 def _comes_first(alone: Tensor, both: Tensor) -> bool:
-    """Whether the tokens (..., C) of one image are the first half of those of two, but for rounding."""
+    """Whether the tokens (..., C) of one image are the first half of those of two images, up to rounding."""
     if both.numel() != 2 * alone.numel():
         return False
     alone_TC, both_TC = alone.flatten(0, -2), both.flatten(0, -2)
@@ -219,7 +220,7 @@ def _comes_first(alone: Tensor, both: Tensor) -> bool:
 
 
 def _draw_labels(logits_NK: Tensor, seed: int, first: int) -> Tensor:
-    """A label (N,) for each image from its softmax; images are numbered from `first`."""
+    """Draw a label (N,) for each image from its softmax; images are numbered from `first`."""
     positions = np.arange(first, first + len(logits_NK))
     uniforms = uniform_table(np.uint64(seed), 0, positions, Stream.LABEL, 1)[:, 0]
     cumulative = logits_NK.double().softmax(dim=1).cumsum(dim=1)
@@ -229,7 +230,7 @@ def _draw_labels(logits_NK: Tensor, seed: int, first: int) -> Tensor:
 
 @contextmanager
 def _hooked(targets: Mapping[str, nn.Linear], hooks: Mapping[str, _Seen]) -> Generator[None]:
-    """A forward hook on each layer, by its name; removed at last."""
+    """Put a forward hook on each layer, by name; remove them at the end."""
     with ExitStack() as stack:
         for name, layer in targets.items():
             stack.callback(layer.register_forward_hook(hooks[name]).remove)
@@ -238,7 +239,7 @@ def _hooked(targets: Mapping[str, nn.Linear], hooks: Mapping[str, _Seen]) -> Gen
 
 @contextmanager
 def _at_rest(model: nn.Module) -> Generator[None]:
-    """The model in evaluation mode, with no gradients of its parameters; undone at last."""
+    """Set the model to evaluation mode, without gradients of its parameters; undo this at the end."""
     modes = {module: module.training for module in model.modules()}
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:
@@ -251,19 +252,19 @@ def _at_rest(model: nn.Module) -> Generator[None]:
 
 
 class _Sums:
-    """The sums over one layer's tokens that its moments are made of."""
+    """Sums over one layer's tokens, from which its moments are computed."""
 
     def __init__(self, name: str, layer: nn.Linear, pieces: int) -> None:
         rows, cols = layer.weight.shape
         if pieces < 1 or rows % pieces:
-            raise UserError(f"{name} has {rows} rows, which are not {pieces} equal pieces.")
+            raise UserError(f"{name} has {rows} rows, which cannot be split into {pieces} equal pieces.")
         zeros = partial(torch.zeros, dtype=torch.float64, device=layer.weight.device)
         self._name, self._tokens = name, 0
         self._input_CC, self._gradient_RR = zeros(cols, cols), zeros(rows, rows)
         self._mean_C, self._magnitude_C, self._fisher_PC = zeros(cols), zeros(cols), zeros(pieces, cols)
 
     def see(self, images: int, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Take in the inputs of a forward pass of so many images, and the gradients when they come."""
+        """Add the inputs of a forward pass of `images` images, and its gradients when the backward pass runs."""
         x = inputs[0].detach()
         x_NTC = x.reshape(images, -1, x.shape[-1])
         self._tokens += x_NTC.shape[0] * x_NTC.shape[1]
@@ -286,8 +287,8 @@ class _Sums:
     def moments(self, images: int) -> Moments:
         if not self._tokens:
             raise UserError(
-                f"{self._name} is not called in the model's forward pass, which reads its weight itself or leaves it "
-                "out: it cannot be calibrated."
+                f"{self._name} cannot be calibrated: the model's forward pass does not call it, but reads its weight "
+                "directly or does not use it. Leave this layer out."
             )
         of_tokens, of_images = (self._input_CC, self._mean_C, self._magnitude_C), (self._gradient_RR, self._fisher_PC)
         for total, count in (*((one, self._tokens) for one in of_tokens), *((one, images) for one in of_images)):
@@ -298,17 +299,17 @@ class _Sums:
 
 
 def _add_products(total_NN: Tensor, vectors_TN: Tensor) -> None:
-    """Add the sum over vectors of v v^T, the upper triangle in blocks and nothing below them: half of the work."""
+    """Add the sum over vectors of v v^T, only in the upper triangle of blocks, which is half of the work."""
     for low in range(0, len(total_NN), _BLOCK):
         block = slice(low, low + _BLOCK)
         total_NN[block, low:].addmm_(vectors_TN[:, block].T, vectors_TN[:, low:])
 
 
 def squared_gradients(x_NTC: Tensor, g_NTR: Tensor, pieces: int) -> Tensor:
-    """The squared gradient of each weight, summed over images and the rows of each piece (P, C).
+    """The squared gradient of each weight, summed over images and over the rows of each piece: (P, C).
 
-    An image's gradient is g^T x (R, C). With few tokens that is not made: the sum over rows of its squares is the
-    diagonal of x^T (g g^T) x, which costs T (R + C) instead of R C for each token.
+    An image's gradient is g^T x (R, C). With few tokens this product is avoided: the sum over rows of its squares is
+    the diagonal of x^T (g g^T) x, which costs T (R + C) instead of R C for each token.
     """
     (images, tokens, rows), cols = g_NTR.shape, x_NTC.shape[2]
     g_NPTR = g_NTR.reshape(images, tokens, pieces, -1).transpose(1, 2)

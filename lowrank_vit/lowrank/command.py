@@ -1,4 +1,4 @@
-"""What `compress` does, from a checkpoint and images to a table, files and smaller checkpoints."""
+"""The command `compress`: from a checkpoint and images to a table, files and smaller checkpoints."""
 
 from __future__ import annotations
 
@@ -48,24 +48,24 @@ from lowrank_vit.score.results import ScoringProgress, interval, make_folder_of
 from lowrank_vit.score.scorer import Scorer, load_scorer
 
 ROOM_BYTES = 2 << 30
-"""What the factors may take of the models that wait for being scored in one pass."""
+"""Memory for the factors of the models that are scored in one pass."""
 _LATENCY_IMAGES = (1, 32)
 _INPUT = ("model-kwargs", "img-size", "crop-pct", "mean", "std")
-"""Flags that a checkpoint keeps, since it cannot be used without them."""
+"""Flags that a checkpoint keeps because it cannot be used without them."""
 Say = Callable[[str], object]
 
 
 def compress(options: CompressOptions, say: Say = terminal.say) -> Result | None:
-    """Measure a curve, or make one model; print a table and write what is asked for. Raises `UserError`.
+    """Measure a curve or make one model; print a table and write the requested files. Raises `UserError`.
 
-    None for `svd` without data, of which nothing is measured.
+    Returns None for `svd` without data, which measures nothing.
     """
     job = _Job(options, say)
     return job.without_data() if options.data.data is None else job.run()
 
 
 class _Job:
-    """One call: the model, its targets, and where things go."""
+    """One call of the command: the model, its targets and the output paths."""
 
     def __init__(self, options: CompressOptions, say: Say) -> None:
         self.options, self.say = options, say
@@ -81,13 +81,13 @@ class _Job:
         model = self.scorer.model
         say(f"{self.scorer.origin}: {self.scorer.name}, {sum(p.numel() for p in model.parameters()):,} parameters")
         if kind := self.scorer.half_precision:
-            say(f"note: its weights are {kind} in the file; they are compressed, and saved, as float32")
+            say(f"note: the file's weights are {kind}; they are compressed and saved as float32")
         if ranks := ranks_of(model):
             merge(model)
             whole = sum(p.numel() for p in model.parameters())
             say(
-                f"note: {len(ranks)} layers are in factors; they are compressed as their products, and budgets are "
-                f"shares of the model with these: {whole:,} parameters"
+                f"note: {len(ranks)} layers are factorised already; their products are compressed, and budgets are "
+                f"shares of the model with these products: {whole:,} parameters"
             )
         img_size = self.scorer.spec.img_size
         targets = find_targets(model, source.targets, img_size=img_size, say=say)
@@ -101,10 +101,11 @@ class _Job:
                 self._check_free(flag, path)
         self.budgets = self._budgets()
         self.method = "kfac" if "kfac" in options.methods else options.methods[-1]
-        """Of the constant, of the layers' sensitivities, and of the models whose latency is measured."""
+        """The method used for the constant, for the layers' sensitivities and for the models whose latency is
+        measured."""
 
     def _budgets(self) -> tuple[float, ...]:
-        """Those that the model can have. Raises `UserError` for one that was asked for and is too small."""
+        """The budgets that the model can have. Raises `UserError` if a requested one is too small."""
         by, given = self.options.curve.by, self.options.budgets
         least = least_budget(self.subject.costs, by)
         kept = tuple(budget for budget in given if budget >= least)
@@ -112,31 +113,31 @@ class _Job:
             return kept
         what = "parameters" if by == "params" else "FLOPs"
         needs = (
-            f"what is not factorised, and rank 1 of every target, are {100 * least:.2f} % of the model's {what}, more "
-            f"than a budget of {min(given):g}"
+            f"rank 1 of every target and the layers that stay whole need {100 * least:.2f} % of the model's {what}, "
+            f"more than a budget of {min(given):g}"
         )
         if kept and self.options.curve.budgets == Curve.budgets:
-            self.say(f"note: {needs}; it is left out")
+            self.say(f"note: {needs}; budgets that are too small are left out")
             return kept
         flag = "--budget" if self.options.files.budget is not None else "--budgets"
         raise UserError(f"{flag}: {needs}. Give at least {_rounded_up(least)}, or more layers with --targets.")
 
     def _check_free(self, flag: str, path: Path) -> None:
-        """Raise `UserError` where a file is there that is not of the same weights by this command."""
+        """Raise `UserError` if `path` exists and is not this command's result for the same weights."""
         about: Any = read_checkpoint(path, flag).content.get(COMPRESSION)
         if not isinstance(about, dict) or about.get("fingerprint") != self.fingerprint:
-            of = about.get("checkpoint", "another one") if isinstance(about, dict) else "no compression"
-            raise UserError(f"{flag} {path} is there already, of other weights ({of}). Give another name.")
+            of = about.get("checkpoint", "another one") if isinstance(about, dict) else "not a compressed model"
+            raise UserError(f"{flag} {path} exists and has other weights ({of}). Give another name.")
 
     def without_data(self) -> None:
-        """One model by `svd`, which is saved and not scored."""
+        """Make one model by `svd` and save it without scoring."""
         with ScoringProgress(len(self.subject.targets), "decomposing by svd", "layers") as bar:
             found = decompose(self.subject, "svd", None, bar.advance)
         made = point(self.subject, found, "svd", self.options.allocations[0], self.budgets[0], self.options.curve.by)
         self._save(made, 0)
 
     def run(self) -> Result:
-        """Score every point, print the table, write what is asked for."""
+        """Score every point, print the table, write the requested files."""
         options = self.options
         with Images(options, self.scorer, self.device, self.say) as images:
             result = self._measured(images)
@@ -147,7 +148,7 @@ class _Job:
                 if options.curve.latency:
                     result.latency = self._latency(result.points)
                 self._write(options.files.out, result, images)
-        except UserError as error:  # a folder that cannot be written costs no checkpoint
+        except UserError as error:  # the checkpoint is still written if the folder cannot be
             failures.append(str(error))
         try:
             if options.files.budget is not None:
@@ -159,19 +160,19 @@ class _Job:
         return result
 
     def _measured(self, images: Images) -> Result:
-        """Calibrate, make the points of each method in turn, and score them, as many in a pass as there is room for."""
+        """Calibrate, make the points of each method in turn, and score as many in a pass as memory allows."""
         options, subject = self.options, self.subject
         with ScoringProgress(images.num_calibration, "calibrating") as bar:
             moments = self._calibrated(images, bar)
         if images.num_calibration_classes == 1 < self.scorer.num_classes:
-            self.say("note: all calibration images are of one class, so moments tell little of the others")
+            self.say("note: all calibration images are of one class, so the moments say little about the others")
         (original,) = images.score([subject.model])
         whole = {"params": subject.costs.count({}), "flops": subject.costs.count({}, "flops")}
         result = Result(original, whole, [])
         result.shapes = {name: (layer.out_features, layer.in_features) for name, layer in subject.targets.items()}
         result.parts = subject.parts
         if options.curve.sequential and "svd" in options.methods:
-            self.say("note: svd takes no moments, so that --sequential does not change it")
+            self.say("note: svd needs no moments, so --sequential does not change it")
         if options.files.out and "svd" not in options.methods:
             with ScoringProgress(len(subject.targets), "spectra of the weights as they are", "layers") as bar:
                 result.spectra["svd"] = plain_spectra(subject, bar.advance)
@@ -188,7 +189,7 @@ class _Job:
     def _points_of(
         self, method: str, images: Images, moments: Mapping[str, Moments], result: Result
     ) -> Generator[Point]:
-        """Those of one method, whose decompositions end with it."""
+        """The points of one method; its decompositions are freed afterwards."""
         subject, curve = self.subject, self.options.curve
         with ScoringProgress(len(subject.targets), f"decomposing by {method}", "layers") as bar:
             found = decompose(subject, method, moments, bar.advance)
@@ -206,7 +207,7 @@ class _Job:
         return [one.scored(each, keep=self._is_kept(one)) for one, each in zip(points, scores, strict=True)]
 
     def _is_kept(self, one: Point) -> bool:
-        """Whether a point's model is needed after it was scored: it is saved, or its latency is measured."""
+        """Whether a point's model is needed after scoring, to be saved or to measure its latency."""
         files = self.options.files
         is_needed = files.budget is not None or (files.out is not None and self.options.curve.latency)
         return is_needed and one.method == self.method and one.allocation == self.options.allocations[0]
@@ -242,7 +243,7 @@ class _Job:
             result.layer_scores = images.score([self.subject.with_factors(one.factors) for one in result.layers])
 
     def _latency(self, points: Sequence[Point]) -> dict[str, Any]:
-        """Times of the original beside those of the kept points, and where a layer gets faster, by device."""
+        """Times of the original and of the kept points, and from which rank a layer gets faster, by device."""
         kept = [one for one in points if one.factors]
         shapes = list(dict.fromkeys((one.rows, one.columns, one.parts) for one in self.subject.costs.layers.values()))
         tokens = max(one.tokens for one in self.subject.costs.layers.values())
@@ -284,7 +285,7 @@ class _Job:
         written = write_files(result.content(about), out)
         terminal.output_is_in_files()
         self.say(f"written: {', '.join(map(str, written))}")
-        self.say(f"as a page: {pasteable_command('lowrank_vit.report')} {out}")
+        self.say(f"to see it as a page: {pasteable_command('lowrank_vit.report')} {out}")
 
     def _origin(self) -> dict[str, str]:
         source = self.options.source
@@ -292,9 +293,9 @@ class _Job:
         return {"checkpoint": str(file or self.scorer.origin), "weights": "ema" if source.use_ema else "model"}
 
     def _save(self, made: Point, num_calibration: int) -> None:
-        """Write the checkpoints of a point, with how they were made."""
+        """Write the checkpoints of a point, with a description of how they were made."""
         if not made.ranks:
-            self.say(f"note: a budget of {made.budget:g} has room for every layer as it is: nothing is compressed")
+            self.say(f"note: every layer fits whole in a budget of {made.budget:g}: nothing is compressed")
         options, files = self.options, self.options.files
         about: dict[str, Any] = {
             "fingerprint": self.fingerprint,
@@ -324,12 +325,12 @@ class _Job:
             save_compressed(model, path, source, self.scorer.name, about, args)
             terminal.output_is_in_files()
             size = sum(parameter.numel() for parameter in model.parameters())
-            what = "its original shapes" if is_merged else f"{len(made.factors)} layers in factors"
-            self.say(f"wrote {path}: {size:,} parameters, {what}, its weights as `state_dict`")
+            what = "original shapes" if is_merged else f"{len(made.factors)} factorised layers"
+            self.say(f"wrote {path}: {size:,} parameters, {what}, weights as `state_dict`")
 
 
 def _on(device: torch.device, model: nn.Module) -> nn.Module:
-    """The model itself where it is on the device, else a copy there."""
+    """The model itself if it is on the device, otherwise a copy there."""
     is_there = next(model.parameters()).device == device
     return model if is_there else copy.deepcopy(model).to(device)
 
@@ -341,7 +342,7 @@ def _timed(made: Point | None, speed: Speed, subject: Subject) -> dict[str, Any]
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types and values of a state dict, so that one state of the weights is told from another."""
+    """SHA-256 of the names, dtypes, shapes and values of a state dict, in hex; identifies one state of the weights."""
     digest = hashlib.sha256()
     for name, tensor in state.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -354,7 +355,7 @@ def _rounded_up(share: float) -> str:
 
 
 def _print(result: Result, say: Say) -> None:
-    """The table, and what it comes to."""
+    """Print the original's scores, the table and notes on it."""
     low, high = interval(result.original.top1, len(result.original.losses_N))
     say(
         f"original: top-1 {result.original.top1:.2f} % (95 %: {low:.2f} to {high:.2f}), "
@@ -362,8 +363,8 @@ def _print(result: Result, say: Say) -> None:
     )
     print_points(result, result.points, Console(highlight=False))
     if result.constant_from:
-        say("±: one standard error of differences that are paired by sample")
-        unclear = "" if result.constant_from["is_clear"] else ": no rise was clear there"
-        say(f"predicted with a constant of {result.constant:.3g}, of the calibration images{unclear}")
+        say("±: one standard error of differences paired by sample")
+        unclear = "" if result.constant_from["is_clear"] else ", on which no rise was clear"
+        say(f"predicted with a constant of {result.constant:.3g}, from the calibration images{unclear}")
         if any(one.sequential for one in result.points):
-            say("predicted: for the same ranks without --sequential, as is the constant")
+            say("predictions and constant are for the same ranks without --sequential")

@@ -1,6 +1,6 @@
-"""Points of a curve: what a method makes of a model at a budget, what that is predicted to cost, and what it does cost.
+"""Points of a curve: a model compressed by a method to a budget, with its predicted and its measured loss.
 
-Losses are in nats an image, top-1 in percent. N samples.
+Losses are in nats per image, top-1 in percent. N samples.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ Tick = Callable[[int], object]
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A copy of a model that shares all parameters and buffers with it: replacing modules leaves the model as it is."""
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})  # its memory: not copied
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})  # tensors are shared, not
+    # copied
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is compressed: a model, the layers of it that may be, and what they cost."""
+    """The model to compress, the layers that may be factorised, and their costs."""
 
     model: nn.Module
     targets: dict[str, nn.Linear]
@@ -45,7 +46,7 @@ class Subject:
     costs: Costs
 
     def with_factors(self, factors: Mapping[str, Factors]) -> nn.Module:
-        """A copy with these layers in factors, for scoring: it shares the memory of the factors and of the model."""
+        """A copy with these layers factorised, for scoring: it shares the memory of the factors and of the model."""
         made = copy_of(self.model)
         factorise(made, factors, shared=True)
         return made
@@ -53,21 +54,21 @@ class Subject:
 
 @dataclass(frozen=True)
 class SampleScores:
-    """What a model made of every sample, in the order of the pass; on the CPU."""
+    """Loss and correctness of every sample, in the order of the pass; on the CPU."""
 
     losses_N: Tensor
     """float64, nats: cross entropy with hard labels."""
     hits_N: Tensor
-    """bool: whether the likeliest class was the sample's."""
+    """bool: whether the most likely class was the sample's."""
 
     @property
     def loss(self) -> float:
-        """Their mean, nats."""
+        """Mean loss, nats."""
         return float(self.losses_N.mean())
 
     @property
     def top1(self) -> float:
-        """Percent, 0-100."""
+        """Top-1 accuracy in percent, 0-100."""
         return 100 * float(self.hits_N.double().mean())
 
     def than(self, other: SampleScores) -> Difference:
@@ -79,10 +80,10 @@ class SampleScores:
 
 @dataclass(frozen=True)
 class Difference:
-    """Means over the samples of what differs in pairs, with the standard errors of these means.
+    """Mean differences over paired samples, with their standard errors.
 
-    A standard error of paired differences is that of chance in which samples there are, and says nothing of how another
-    training would come out. It is NaN for a single sample.
+    The standard error covers only the choice of samples, not how another training would come out. It is NaN for a
+    single sample.
     """
 
     loss: float
@@ -99,7 +100,7 @@ def _error(differences_N: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Point:
-    """A smaller model."""
+    """A compressed model."""
 
     method: str
     allocation: str
@@ -108,10 +109,10 @@ class Point:
     params: int
     flops: int
     predicted: float
-    """Rise of the loss, before it is multiplied by the constant; NaN without moments."""
+    """Predicted rise of the loss, before the constant is applied; NaN without moments."""
     factors: dict[str, Factors] = field(repr=False)
     sequential: bool = False
-    """Whether the factors are by moments behind the compressed layers; the prediction is of those that are not."""
+    """Whether moments were taken behind compressed layers. The prediction is that of the factors without this."""
     scores: SampleScores | None = field(default=None, repr=False)
 
     @property
@@ -120,11 +121,11 @@ class Point:
         return sum(t.numel() * t.element_size() for one in self.factors.values() for t in one if t is not None)
 
     def scored(self, scores: SampleScores, *, keep: bool) -> Point:
-        """The same with its scores, and without its factors, which take memory, unless they are to be kept."""
+        """This point with scores; its factors, which take memory, are dropped unless `keep`."""
         return replace(self, scores=scores, factors=self.factors if keep else {})
 
     def content(self, original: SampleScores, constant: float) -> dict[str, Any]:
-        """As plain values; a number that is not finite is None."""
+        """As plain values; numbers that are not finite become None."""
         assert self.scores is not None
         than, loss = self.scores.than(original), self.scores.loss
         numbers = {
@@ -148,14 +149,14 @@ class Point:
 
 
 def plain(value: float) -> float | None:
-    """The number, or None for what JSON does not know."""
+    """The number, or None if JSON cannot hold it (NaN or infinity)."""
     return value if math.isfinite(value) else None
 
 
 def decompose(
     subject: Subject, method: str, moments: Mapping[str, Moments] | None, tick: Tick
 ) -> dict[str, Decomposition]:
-    """All layers by a method; `tick` is told how many more are done. Raises `UserError`."""
+    """Decompose all layers by a method; `tick` is called with 1 after each. Raises `UserError`."""
     return decompose_layers(subject.targets, METHODS[method], moments, parts=subject.parts, progress=lambda _: tick(1))
 
 
@@ -167,7 +168,7 @@ def point(
     budget: float,
     by: By = "params",
 ) -> Point:
-    """The model of a budget. Raises `UserError` for one below what the model needs."""
+    """The model compressed to a budget. Raises `UserError` for a budget below what the model needs."""
     ranks = ALLOCATIONS[allocation](decompositions, budget, subject.costs, by)
     factors = {name: decompositions[name].factors(rank) for name, rank in ranks.items()}
     sizes = subject.costs.count(ranks), subject.costs.count(ranks, "flops")
@@ -175,9 +176,9 @@ def point(
 
 
 def in_turn(subject: Subject, made: Point, batches: Callable[[], Iterable[Tensor]], seed: int, tick: Tick) -> Point:
-    """The same ranks with factors by moments behind the compressed layers before each, block after block.
+    """The same ranks with new factors, block after block: each block's moments are taken behind the compressed ones.
 
-    Its predicted loss stays that of the factors before. `tick` is told of images.
+    The predicted loss stays that of the earlier factors. `tick` is called with the number of images more.
     """
     model = copy_of(subject.model)
     factors: dict[str, Factors] = {}
@@ -202,9 +203,10 @@ def in_turn(subject: Subject, made: Point, batches: Callable[[], Iterable[Tensor
 
 
 def constant_candidates(subject: Subject, decompositions: Mapping[str, Decomposition], method: str) -> list[Point]:
-    """Truncations by greedy ranks near a tenth of the targets' parameters, the first where the constant is measured.
+    """Truncations by greedy ranks that keep a tenth and a twentieth of the targets' parameters, to measure the
+    constant.
 
-    The second is for a model of which a tenth is enough. Neither is below what the model needs.
+    The second serves a model that loses nothing at a tenth. Neither is below what the model needs.
     """
     rest, whole = subject.costs.rest["params"], subject.costs.count({})
     shares = (max(least_budget(subject.costs), (rest + share * (whole - rest)) / whole) for share in (0.1, 0.05))
@@ -214,9 +216,9 @@ def constant_candidates(subject: Subject, decompositions: Mapping[str, Decomposi
 def constant_of(
     subject: Subject, candidates: Sequence[Point], scores: Sequence[SampleScores]
 ) -> tuple[float, dict[str, Any]]:
-    """What predicted losses are multiplied by, and where it comes from; `scores`: the original's, then one each.
+    """The factor for predicted losses, and how it was measured; `scores`: the original's, then one per candidate.
 
-    The first candidate counts whose loss rises by more than two standard errors; without one it is 1.
+    The first candidate whose loss rises by more than two standard errors is used; without one the factor is 1.
     """
     original, others = scores[0], scores[1:]
     differences = [one.than(original) for one in others]
@@ -233,7 +235,7 @@ def constant_of(
 
 @dataclass(frozen=True)
 class LayerPoint:
-    """One layer at a rank, all others as they are."""
+    """One layer truncated to a rank, all others unchanged."""
 
     layer: str
     share: float
@@ -245,7 +247,7 @@ class LayerPoint:
 def layers_alone(
     subject: Subject, decompositions: Mapping[str, Decomposition], *, with_factors: bool
 ) -> list[LayerPoint]:
-    """Every layer at some shares of its parameters; factors, to be scored with, only where asked for."""
+    """Every layer alone at several shares of its parameters; with factors, for scoring, if `with_factors`."""
     found: list[LayerPoint] = []
     for row in sensitivities(decompositions, subject.costs):
         name, rank = str(row["layer"]), int(row["rank"])
@@ -255,7 +257,7 @@ def layers_alone(
 
 
 def plain_spectra(subject: Subject, tick: Tick) -> dict[str, list[float]]:
-    """`spectra_of` the weights as they are; one layer after the other, since their vectors take memory."""
+    """`spectra_of` the unweighted weights; one layer after the other, since singular vectors take memory."""
     found: dict[str, list[float]] = {}
     for name, layer in subject.targets.items():
         found |= spectra_of(decompose_layers({name: layer}, METHODS["svd"], None, parts=subject.parts))
@@ -264,6 +266,6 @@ def plain_spectra(subject: Subject, tick: Tick) -> dict[str, list[float]]:
 
 
 def spectra_of(decompositions: Mapping[str, Decomposition]) -> dict[str, list[float]]:
-    """By layer the singular values of what is truncated, of all its parts together, descending, in six digits."""
+    """By layer: the singular values of the weighted matrix, of all parts together, descending, to six digits."""
     values = {name: sorted(one.values_PK.ravel().tolist(), reverse=True) for name, one in decompositions.items()}
     return {name: [float(f"{value:.6g}") for value in of_layer] for name, of_layer in values.items()}

@@ -1,6 +1,6 @@
-"""The images that a compression needs: some of the training set to take moments from, all of validation to score.
+"""The images that a compression needs: some training images for the moments, all validation images for the scores.
 
-Several models are scored in one pass over them.
+One pass over the images scores several models.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lowrank_vit.score.validation import follow_model
 
 
 class Images:
-    """Batches of both sets as validation sees them. Use it as a context."""
+    """Batches of both sets, preprocessed as in validation. Use it as a context manager."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Images:
         device: torch.device,
         say: Callable[[str], object] = terminal.say,
     ) -> None:
-        """Open, and convert if need be, what --data holds, with the labels of the model. Raises `UserError`."""
+        """Open the sets in --data, converting them if needed, with the labels of the model. Raises `UserError`."""
         self._options, self._scorer, self._device, self._say = options, scorer, device, say
         self._stack = ExitStack()
         data = options.data
@@ -67,21 +67,21 @@ class Images:
 
     @property
     def num_calibration(self) -> int:
-        """How many images moments are taken from."""
+        """How many images the moments are computed from."""
         return len(self.calibration_ids)
 
     @property
     def num_calibration_classes(self) -> int:
-        """How many classes they are of."""
+        """How many classes these images have."""
         return len(np.unique(self.train.labels_of(self.calibration_ids)))
 
     def calibration(self) -> Iterator[Tensor]:
-        """The calibration images, normalised, batch by batch."""
+        """Batches of normalised calibration images, float32 (N, 3, height, width) on the device."""
         for batch in self._loader("calibration").batches(0):
             yield self._scorer.augment.normalize(batch.images)
 
     def score(self, models: Sequence[nn.Module], which: str = "validation") -> list[SampleScores]:
-        """Score models on every image of "validation", or of "calibration", once and in one pass, with progress."""
+        """Score models in one pass over the images of "validation" or "calibration"; show progress."""
         count = self.val.num_samples if which == "validation" else self.num_calibration
         doing = f"scoring {len(models)} models" if len(models) > 1 else "scoring"
         with ScoringProgress(count, doing) as progress:
@@ -89,7 +89,7 @@ class Images:
             return score_models(models, batches, self._scorer.augment.normalize)
 
     def _loader(self, which: str) -> Loader:
-        """The loader of a set, opened when it is first asked for."""
+        """The loader of a set, opened on first use."""
         if which not in self._loaders:
             ids, beton = (None, self.val) if which == "validation" else (self.calibration_ids, self.train)
             spec, running = self._scorer.spec, self._options.running
@@ -112,15 +112,15 @@ class Images:
 def score_models(
     models: Sequence[nn.Module], batches: Iterable[Batch], normalize: Callable[[Tensor], Tensor]
 ) -> list[SampleScores]:
-    """Score every model on every batch, one after the other; they are put into evaluation mode.
+    """Score every model on every batch, one after the other; sets the models to evaluation mode.
 
     Args:
         models: on the batches' device.
         batches: one pass over the samples.
-        normalize: makes what the models see of a batch's uint8 images.
+        normalize: turns a batch's uint8 images into the models' input.
 
     Raises:
-        UserError: there is no sample.
+        UserError: there is no sample to score.
     """
     for model in models:
         model.eval()
@@ -133,6 +133,6 @@ def score_models(
             losses[n].append(torch.nn.functional.cross_entropy(logits_BK, batch.targets, reduction="none").double())
             hits[n].append(logits_BK.argmax(1) == batch.targets)
     if not all(losses):
-        raise UserError("There is no sample to score: all were left out as damaged. Convert the set again.")
+        raise UserError("There is no sample to score: all samples are damaged and were skipped. Convert the set again.")
     pairs = zip(losses, hits, strict=True)
     return [SampleScores(torch.cat(loss).cpu(), torch.cat(hit).cpu()) for loss, hit in pairs]

@@ -1,4 +1,4 @@
-"""How long models and layers take: measured in turns, since absolute times drift; fewer FLOPs are not always faster.
+"""Latency of models and layers. They are measured in turns, since absolute times drift.
 
 Shape legend: T tokens, R rows of a layer's weight, C its columns.
 """
@@ -20,20 +20,20 @@ from lowrank_vit.model.low_rank import LowRankLinear
 
 ROUNDS = 9
 LEAST_S = 0.01
-"""A sample is of so many calls that it takes this long, so that the clock's grain does not count."""
+"""A sample makes enough calls to take this long, so that the clock's resolution does not matter."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Times of one thing beside the reference's of the same rounds."""
+    """Times of one model or layer, compared with the reference in the same rounds."""
 
     ms: float
-    """Median of a call."""
+    """Median time of a call, ms."""
     ratio: float
-    """Median over the rounds of its time over the reference's; below 1 is faster."""
+    """Median over the rounds of its time divided by the reference's; below 1 is faster."""
     low: float
     high: float
-    """Quartiles of that."""
+    """Lower and upper quartile of the ratio."""
 
     def content(self) -> dict[str, float]:
         """As plain values."""
@@ -44,9 +44,9 @@ class Speed:
 def time_in_turns(
     calls: Sequence[Callable[[], object]], device: torch.device, rounds: int = ROUNDS, *, tick: Callable[[int], object]
 ) -> list[Speed]:
-    """Time calls in turns, A B C A B C ..., each beside the first, after one round that does not count.
+    """Time calls in turns, A B C A B C ..., and compare each with the first; calls before the first round warm up.
 
-    On CUDA the host waits for the device at both ends of a sample. `tick` is told how many samples more there are.
+    On CUDA the host waits for the device at both ends of a sample. `tick` is called with 1 after each sample.
     """
     counts = [_calls_in(call, device) for call in calls]
     times: list[list[float]] = [[] for _ in calls]
@@ -63,7 +63,7 @@ def time_in_turns(
 
 
 def _calls_in(call: Callable[[], object], device: torch.device) -> int:
-    """How many calls take `LEAST_S`; the first of two calls warms up."""
+    """How many calls take `LEAST_S`, by the second of two calls; the first warms up."""
     call()
     return max(1, round(LEAST_S / max(_seconds(call, 1, device), 1e-7)))
 
@@ -78,28 +78,28 @@ def _seconds(call: Callable[[], object], count: int, device: torch.device) -> fl
 
 
 def forward_of(model: nn.Module, input: Tensor) -> Callable[[], object]:
-    """A call of a model, or of a layer, in evaluation mode."""
+    """A function that calls a model or a layer, which is set to evaluation mode."""
     model.eval()
     return lambda: model(input)
 
 
 @dataclass(frozen=True)
 class LayerSpeed:
-    """A shape of layers, and where it gets faster."""
+    """Times of a layer shape at several ranks."""
 
     rows: int
     columns: int
     parts: int
-    """Of the rows, each with factors of its own."""
+    """Into how many parts the rows are split, each with its own factors."""
     tokens: int
     ratios: dict[int, float]
-    """Rank to the time of two products over that of one."""
+    """By rank: time of the factorised layer divided by that of the whole one."""
     pays: int
     """The greatest rank that saves parameters and FLOPs."""
 
     @property
     def faster_below(self) -> int | None:
-        """The greatest rank tried up to which all take less time than the layer as it is; None where none does."""
+        """The largest rank up to which every tried rank is faster than the whole layer; None if the smallest is not."""
         found = None
         for rank in sorted(self.ratios):
             if self.ratios[rank] >= 1:
@@ -117,7 +117,7 @@ class LayerSpeed:
 def layer_speeds(
     shapes: Iterable[tuple[int, int, int]], tokens: int, device: torch.device, *, tick: Callable[[int], object]
 ) -> list[LayerSpeed]:
-    """Time a Linear of each shape (R, C, P parts) beside its factors at eighths of the rank that pays."""
+    """Time a Linear of each shape (R, C, P parts) against its factors at eighths of the largest rank that pays."""
     found: list[LayerSpeed] = []
     for rows, columns, parts in dict.fromkeys(shapes):
         most = pays(rows, columns, parts)

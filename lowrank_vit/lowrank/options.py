@@ -1,4 +1,4 @@
-"""The options of `compress`; nothing heavy is imported, so that a wrong one is told at once."""
+"""The options of `compress`. Nothing heavy is imported, so a wrong option is reported at once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Method = Literal["svd", "asvd", "fwsvd", "svdllm", "kfac"]
 METHODS: tuple[Method, ...] = ("svd", "asvd", "fwsvd", "svdllm", "kfac")
 Allocation = Literal["uniform", "energy", "greedy"]
 NONE = "(default: none)"
-"""Of options without a value of their own."""
+"""For options whose default is None."""
 SHARE = Range(0, 1, open_low=True)
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
-"""Of checkpoints that can be written."""
+"""Suffixes of checkpoints that can be written."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ _OF_IMAGES = {one.name for one in fields(Data)} | {
     "loader",
     "workers",
 }
-"""Options without a use where there is no --data."""
+"""Options that need --data."""
 
 
 @dataclass(frozen=True)
@@ -139,23 +139,23 @@ class CompressOptions:
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """Those that are asked for, each once."""
+        """The requested methods, each once."""
         default = METHODS if self.files.budget is None else METHODS[-1:]
         return tuple(dict.fromkeys(self.curve.method or default))
 
     @property
     def allocations(self) -> tuple[Allocation, ...]:
-        """Those that are asked for, each once."""
+        """The requested allocations, each once."""
         return tuple(dict.fromkeys(self.curve.ranks))
 
     @property
     def budgets(self) -> tuple[float, ...]:
-        """Those of the curve, each once and the largest first; or the one of a checkpoint."""
+        """The budgets of the curve, each once and the largest first; or the one of --budget."""
         given = self.curve.budgets if self.files.budget is None else (self.files.budget,)
         return tuple(sorted(set(given), reverse=True))
 
     def check(self) -> None:
-        """Raise `UserError` for numbers out of range, flags that contradict, or data that are needed and not named."""
+        """Raise `UserError` for numbers out of range, flags that contradict each other, or missing data."""
         self.source.check()
         for group in (self.data, self.curve, self.files, self.running):
             check_ranges(group)
@@ -164,43 +164,45 @@ class CompressOptions:
                 raise UserError(f"--{name} needs a value. Leave the flag out for the default.")
         if self.files.budget is None:
             if path := self.files.save or self.files.merge:
-                raise UserError(f"Which size is {path} to have? Add --budget 0.2, say: a fifth of the model.")
+                raise UserError(f"The size of {path} is missing. Add --budget 0.2, say, for a fifth of the model.")
         else:
             self._check_one_model(self.files.budget)
         if self.data.data is None and (self.files.budget is None or self.methods != ("svd",)):
             raise UserError(
-                "--data DIR is missing: moments are taken from its training set, and its validation set is scored. "
+                "--data DIR is missing: its training set gives the moments, and its validation set is scored. "
                 "(Only --method svd with --budget and --save needs no data.)"
             )
         if self.data.data is None:
             self._check_without_data()
         if self.curve.measure_layers and self.files.out is None:
-            raise UserError("--measure-layers goes into files: add --out DIR, or leave it out.")
+            raise UserError("--measure-layers only writes to files: add --out DIR, or leave out --measure-layers.")
         for path in filter(None, (self.files.save, self.files.merge)):
             if path.suffix not in SUFFIXES:
-                raise UserError(f"{path} has no name of a checkpoint: {', '.join(SUFFIXES)}. Say small.pth.tar.")
+                raise UserError(f"{path} does not end like a checkpoint ({', '.join(SUFFIXES)}). Say small.pth.tar.")
         if self.files.save and self.files.merge and self.files.save.resolve() == self.files.merge.resolve():
-            raise UserError(f"--save and --merge are both {self.files.merge}. They are two files.")
+            raise UserError(f"--save and --merge are both {self.files.merge}. Give two different files.")
 
     def _check_without_data(self) -> None:
-        """Raise `UserError` for a flag that is about images, or about what is measured with them, where there are none.
+        """Raise `UserError` for a flag that needs images.
 
-        A value that is the default cannot be told from a flag that was left out.
+        A flag given with its default value cannot be told from one that was left out.
         """
         groups = (self.data, self.curve, self.files, self.running)
         given = [one.name for group in groups for one in fields(group) if getattr(group, one.name) != one.default]
         if wrong := next((name for name in given if name in _OF_IMAGES), None):
             raise UserError(
-                f"--{wrong.replace('_', '-')} is of no use without images: add --data DIR, or leave it out. (By svd "
-                "without --data one model is written, of which nothing is measured.)"
+                f"--{wrong.replace('_', '-')} needs images: add --data DIR or leave it out. (Without "
+                "--data, svd writes one model and measures nothing.)"
             )
 
     def _check_one_model(self, budget: float) -> None:
-        """Raise `UserError` where `budget` has no file to go to, or where more than one model is asked for."""
+        """Raise `UserError` if `budget` has no file to write, or if more than one model is requested."""
         if not (self.files.save or self.files.merge):
-            raise UserError(f"--budget {budget:g} is of a checkpoint: add --save FILE; a curve has --budgets.")
+            raise UserError(
+                f"--budget {budget:g} makes one checkpoint: add --save FILE, or give --budgets for a curve."
+            )
         if self.curve.budgets != Curve.budgets:
-            raise UserError("--budget is of one model and --budgets of a curve. Leave one of them out.")
+            raise UserError("--budget makes one model, --budgets a curve. Leave one of them out.")
         for flag, values in (("method", self.methods), ("ranks", self.allocations)):
             if len(values) > 1:
                 raise UserError(f"--budget {budget:g} makes one model: give one --{flag}, not {', '.join(values)}.")

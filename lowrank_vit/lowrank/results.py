@@ -1,4 +1,4 @@
-"""What `compress` shows and writes: a table for the terminal; compression.json, .csv and pictures."""
+"""Results of `compress`: a table for the terminal, and the files compression.json, .csv and .png."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from lowrank_vit.score.results import interval, rows_to_csv
 
 @dataclass
 class Result:
-    """All that was measured."""
+    """Everything that was measured."""
 
     original: SampleScores
     sizes: dict[str, int]
-    """params and flops of the original."""
+    """`params` and `flops` of the original model."""
     points: list[Point]
     constant: float = 1.0
     constant_from: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=dict)
-    """How many parts a target's rows are taken in; a rank is that of each part."""
+    """Into how many parts a target's rows are split; a rank is that of each part."""
     spectra: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """By method, then by layer."""
+    """Singular values by method, then by layer."""
     layers: list[LayerPoint] = field(default_factory=list)
     layers_by: str = ""
-    """The method that they are truncated by."""
+    """The method that truncates `layers`."""
     layer_scores: list[SampleScores] = field(default_factory=list)
-    """Of each, where they were scored, else nothing."""
+    """One for each of `layers` if they were scored, otherwise empty."""
     latency: dict[str, Any] = field(default_factory=dict)
 
     def content(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """What goes into compression.json; `about` is put before and behind the numbers by its keys."""
+        """The content of compression.json: `about`, then the numbers; its key `environment` comes last."""
         original = self.original
         scores = {"top1": original.top1, "loss": plain(original.loss), **self.sizes}
         num_samples = len(original.losses_N)
@@ -73,12 +73,12 @@ class Result:
 
 
 def files_of(content: Mapping[str, Any], out: Path) -> dict[Path, Callable[[], str | bytes]]:
-    """The files of a compression in `out`, and what makes the content of each."""
+    """The files of a compression in `out`, each with a function that makes its content."""
     path = out / NAME
     rows = [{key: value for key, value in point.items() if key != "ranks"} for point in content["points"]]
 
     def picture() -> bytes:
-        from lowrank_vit.report.compression.plots import curve_plot  # draws: only where files are written
+        from lowrank_vit.report.compression.plots import curve_plot  # imports matplotlib: only if files are written
 
         return curve_plot(Compression(path, dict(content)))
 
@@ -90,14 +90,14 @@ def files_of(content: Mapping[str, Any], out: Path) -> dict[Path, Callable[[], s
 
 
 def write_files(content: Mapping[str, Any], out: Path) -> list[Path]:
-    """Write them all, whichever fails. Raises `UserError` that names those that could not be written."""
+    """Write all files, even if one fails. Raises `UserError` with the names of those that could not be written."""
     files = files_of(content, out)
     write_all(files)
     return list(files)
 
 
 def check_out(out: Path, fingerprint: str) -> None:
-    """Raise `UserError` where `out` holds what was measured of other weights, or something else of that name."""
+    """Raise `UserError` if `out` holds the results of other weights, or an unrelated file of that name."""
     path = out / NAME
     if not path.exists():
         return
@@ -106,18 +106,18 @@ def check_out(out: Path, fingerprint: str) -> None:
         source = content["source"]
         own, of = source["fingerprint"], f"{source['checkpoint']} ({source['weights']})"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--out: {path} is there and none of this command's. Give another --out.") from error
+        raise UserError(f"--out: {path} exists and is not a result of this command. Give another --out.") from error
     if own != fingerprint:
-        raise UserError(f"--out: {path} is of other weights, {of}, and is not replaced. Give another --out.")
+        raise UserError(f"--out: {path} is the result of other weights, {of}, and is kept. Give another --out.")
 
 
 def _difference(value: float, error: float, digits: int) -> str:
-    """With its standard error, which a single sample does not have."""
+    """A difference with its standard error, which a single sample does not have."""
     return f"{value:+.{digits}f}" + ("" if math.isnan(error) else f"±{error:.{digits}f}")
 
 
 def print_points(result: Result, points: Sequence[Point], console: Console) -> None:
-    """A row a point, at most 80 columns wide: sizes in percent of the original's, differences from its scores."""
+    """Print a row for each point, at most 80 columns wide: sizes in percent of the original, and score differences."""
     original, several = result.original, len({one.allocation for one in points}) > 1
     of_ranks, of_flops = (("ranks",), ()) if several else ((), ("FLOPs",))  # there is no room for both
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")

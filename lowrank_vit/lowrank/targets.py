@@ -1,4 +1,4 @@
-"""Which layers of a model may be put in factors: named by patterns, and found out by forward passes of noise."""
+"""Which layers of a model can be factorised: patterns name them, and forward passes of noise check them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lowrank_vit.spectral.fused import fused_qkv, is_named_qkv
 from lowrank_vit.spectral.select import DEFAULT_TARGETS, select_targets
 
 Split = Literal["whole", "thirds", "heads"]
-"""How the fused layer of queries, keys and values is taken: as one matrix, as three, or as three for each head."""
+"""How a fused qkv layer is treated: as one matrix, as three, or as three for each head."""
 Purpose = Literal["factors", "adapters"]
-"""What layers are looked for: those that factors may take the place of, or those that adapters may stand beside."""
+"""What the layers are for: to be replaced by factors, or to get adapters beside them."""
 _TOLERANCE = 1e-4
-"""Of logits at full rank against the model's own, as a share of the greatest: rounding in another order."""
+"""Allowed difference of logits at full rank from the model's own, as a share of the largest; covers rounding."""
 
 
 class _Words(NamedTuple):
-    """How a purpose is spoken of."""
+    """A purpose's words in messages."""
 
     can: str
     """No layer can ..."""
@@ -36,25 +36,25 @@ class _Words(NamedTuple):
     """Only Linear ..."""
     of_float: str
     unlike: str
-    """What is wrong where a model reads a weight itself."""
+    """The problem if a model reads a weight itself."""
     change: str
-    """What is wrong where logits change."""
+    """The problem if logits change."""
 
 
 _WORDS: dict[Purpose, _Words] = {
     "factors": _Words(
-        "be put in factors",
-        "is put in factors",
-        "factors are made of",
+        "be factorised",
+        "can be factorised",
+        "factors need",
         "which factors do not have",
-        "factors of full rank change what the model answers",
+        "factors of full rank change the model's output",
     ),
     "adapters": _Words(
         "have adapters",
-        "has adapters",
-        "adapters stand beside",
+        "can have adapters",
+        "adapters need",
         "and would not see an adapter",
-        "another layer in its place changes what the model answers",
+        "replacing it by another layer changes the model's output",
     ),
 }
 
@@ -69,28 +69,29 @@ def find_targets(
     say: Say = terminal.say,
     already: str = "",
 ) -> dict[str, nn.Linear]:
-    """The layers that the patterns name and that may be put in factors, or have adapters, in model order.
+    """The layers that the patterns name and that can be factorised, or have adapters, in model order.
 
-    Those that may not are named by `say` with the reason, and left out: convolutions and embeddings, classes with a
-    forward of their own, hooks, layers whose weight the model reads itself (timm's EVA, BEiT, Swin V2), and whatever
-    changes the logits at full rank. For that the model, as it is, sees two images of noise in evaluation mode.
+    Layers that cannot are reported by `say` with the reason and left out: convolutions and embeddings, classes with
+    their own forward, layers with hooks, layers whose weight the model reads itself (timm's EVA, BEiT, Swin V2), and
+    any layer that changes the logits when factorised at full rank. To find these, the model sees two images of noise in
+    evaluation mode.
 
     Args:
-        model: not compiled and not wrapped, on its device.
+        model: neither compiled nor wrapped, on its device.
         patterns: see `spectral.select.select_targets`.
-        img_size: side of an image, pixels; default: that which the model was built for, see `side_of`.
-        flag: that gives the patterns, for messages.
-        purpose: likewise; the layers are the same for both.
-        say: see above.
-        already: what else to do with a model in factors, the end of a sentence.
+        img_size: side of an image, pixels; default: the one the model was built for, see `side_of`.
+        flag: the flag that gives the patterns, for messages.
+        purpose: for messages; the layers are the same for both purposes.
+        say: prints a line about layers that are left out.
+        already: another way out for a model that is factorised already, the end of a sentence.
 
     Raises:
-        UserError: a pattern matches nothing; the model is in factors already; a weight is shared by two layers, of half
-            precision or not finite; logits are not finite; or no layer is left.
+        UserError: a pattern matches nothing; the model is factorised already; a weight is shared by two layers, in half
+        precision or not finite; logits are not finite; or no layer is left.
     """
     if has := ranks_of(model):
         raise UserError(
-            f"The model is in factors already: {_some(list(has))}. Give the checkpoint that it was made from, or the "
+            f"The model is factorised already: {_some(list(has))}. Give the checkpoint that it was made from, or the "
             f"merged one (--merge of `lowrank_vit.compress`){already}."
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -104,14 +105,14 @@ def find_targets(
     layers = {name: layer for name, layer in layers.items() if name not in refused}
     refused |= dict.fromkeys(_changed_at_full_rank(model, layers, images), _WORDS[purpose].change)
     for line in _lines_of(refused, len(chosen), flag, purpose):
-        say(f"note: left as it is: {line}")
+        say(f"note: left unchanged: {line}")
     return {name: layer for name, layer in layers.items() if name not in refused}
 
 
 def possible_weights(model: nn.Module, patterns: str, flag: str, purpose: Purpose = "factors") -> dict[str, Tensor]:
-    """The weights that the patterns name, of layers whose class does not forbid it; for a model without weights, too.
+    """The weights that the patterns name, of layers whose class allows it. The model may be on the meta device.
 
-    Raises `UserError` where that is none.
+    Raises `UserError` if there is none.
     """
     chosen = select_targets(dict(model.named_parameters(remove_duplicate=False)), patterns, flag)
     refused = _refused_by_class(model, chosen, flag, purpose)
@@ -119,14 +120,14 @@ def possible_weights(model: nn.Module, patterns: str, flag: str, purpose: Purpos
 
 
 def _refused_by_class(model: nn.Module, names: Collection[str], flag: str, purpose: Purpose) -> dict[str, str]:
-    """The modules that their class alone keeps from it, by name, with the reason; `UserError` where none is left."""
+    """The modules that their class rules out, by name, with the reason. Raises `UserError` if none is left."""
     refused = {name: why for name in names if (why := _objection(model.get_submodule(name), _WORDS[purpose].only))}
     _lines_of(refused, len(names), flag, purpose)
     return refused
 
 
 def _lines_of(refused: Mapping[str, str], count: int, flag: str, purpose: Purpose) -> list[str]:
-    """A line for each reason; raises `UserError` where all of `count` layers are refused."""
+    """A line for each reason. Raises `UserError` if all of `count` layers are refused."""
     by_reason: dict[str, list[str]] = {}
     for name, why in refused.items():
         by_reason.setdefault(why, []).append(name)
@@ -138,7 +139,7 @@ def _lines_of(refused: Mapping[str, str], count: int, flag: str, purpose: Purpos
 
 
 def parts_of_targets(model: nn.Module, targets: Mapping[str, nn.Linear], split: Split) -> dict[str, int]:
-    """How many parts each layer's rows are taken in: those of a fused qkv as `split` says, all others whole.
+    """Into how many parts each layer's rows are split: those of a fused qkv by `split`, all others not at all.
 
     Raises:
         UserError: no target is a fused qkv, or the order of the rows of one is not known (see `spectral.fused`).
@@ -148,21 +149,21 @@ def parts_of_targets(model: nn.Module, targets: Mapping[str, nn.Linear], split: 
         return parts
     named = [name for name in targets if is_named_qkv(name)]
     if not named:
-        raise UserError(f"--split {split} is about layers named qkv, and no target is one. Leave it out.")
+        raise UserError(f"--split {split} needs a target named qkv, and there is none. Leave out --split.")
     for name in named:
         heads = getattr(model.get_submodule(name.rpartition(".")[0]), "num_heads", None) if split == "heads" else 1
         wanted = 3 * heads if isinstance(heads, int) else 0
         if name not in fused or not wanted or targets[name].out_features % wanted:
             raise UserError(
-                f"--split {split}: that the rows of {name} are Q, K and V, a third each{_of_heads(split)}, is not "
-                "known. Take it whole: leave out --split."
+                f"--split {split}: it is not known that the rows of {name} are Q, K and V, a third "
+                f"each{_of_heads(split)}. Leave out --split to take the layer whole."
             )
         parts[name] = wanted
     return parts
 
 
 def _check_weights(chosen: Mapping[str, Tensor], parameters: Mapping[str, Tensor], flag: str, purpose: Purpose) -> None:
-    """Raise `UserError` for weights of which no factors can be made, whatever their layer is."""
+    """Raise `UserError` for weights that cannot be factorised in any layer."""
     names_of: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
         names_of.setdefault(id(parameter), []).append(name)
@@ -175,24 +176,24 @@ def _check_weights(chosen: Mapping[str, Tensor], parameters: Mapping[str, Tensor
         if len(shared := names_of[id(weight)]) > 1:
             raise UserError(
                 f"{' and '.join(shared)} are one tensor, so one cannot {_WORDS[purpose].can} without the other. Leave "
-                f"out that layer with {flag}."
+                f"these layers out of {flag}."
             )
 
 
 def _objection(module: nn.Module, only: str) -> str:
-    """Why a module with a weight is no target, as far as its class tells; empty if it may be one."""
+    """Why a module with a weight cannot be a target, judged by its class and hooks; empty if it can."""
     if not isinstance(module, nn.Linear):
-        return f"of class {type(module).__name__}, and only Linear {only}"
+        return f"of class {type(module).__name__}; only Linear {only}"
     has_own = type(module).forward is not nn.Linear.forward or "forward" in vars(module)
     if has_own and type(module).__module__ != "timm.layers.linear":
-        return f"its class {type(module).__name__} is a Linear with a forward of its own"
+        return f"its class {type(module).__name__} is a Linear with its own forward"
     if any(vars(module)[f"_{kind}_hooks"] for kind in ("forward", "forward_pre", "backward", "backward_pre")):
-        return "hooks are on it"
+        return "it has hooks"
     return ""
 
 
 class _Probe(nn.Module):
-    """Stands in for a Linear and remembers who used it, and how."""
+    """Stands in for a Linear and records how the model uses it."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -207,17 +208,17 @@ class _Probe(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias, which a layer in factors has too."""
+        """The bias, which a factorised layer has too."""
         return self.layer.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        """Do as the layer does."""
+        """Record the call and call the layer."""
         self.is_called = True
         return self.layer(input)
 
 
 def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Linear], images: Tensor, unlike: str) -> dict[str, str]:
-    """The layers whose weight the model's forward pass reads itself, or that it does not use, with the reason."""
+    """The layers whose weight the model reads directly, or that it does not use, with the reason."""
     probes = {name: _Probe(layer) for name, layer in layers.items()}
     with _in_place_of(model, layers, probes):
         logits_of(model, images)
@@ -227,12 +228,12 @@ def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Linear], images: T
             owner = type(model.get_submodule(name.rpartition(".")[0]))
             found[name] = f"{owner.__module__}.{owner.__qualname__} reads its weight itself, {unlike}"
         elif not probe.is_called:
-            found[name] = "a forward pass of an image does not use it"
+            found[name] = "the forward pass of an image does not use it"
     return found
 
 
 def _changed_at_full_rank(model: nn.Module, layers: Mapping[str, nn.Linear], images: Tensor) -> list[str]:
-    """The layers without which, in factors of full rank, the logits would be the model's own."""
+    """The layers that change the logits when they are replaced by factors of full rank."""
     expected, like = logits_of(model, images), next(model.parameters())
     check_finite(model, images, expected)
     identity = cache(lambda columns: torch.eye(columns, dtype=like.dtype, device=like.device))
@@ -245,12 +246,12 @@ def _changed_at_full_rank(model: nn.Module, layers: Mapping[str, nn.Linear], ima
         with _in_place_of(model, some, in_factors):
             try:
                 found = logits_of(model, images)
-            except Exception:  # whatever a model does with its layers
+            except Exception:  # a model may do anything with its layers
                 return True
         return found.shape != expected.shape or not float((found - expected).abs().max()) <= limit
 
     def culprits(names: list[str]) -> list[str]:
-        """By halves."""
+        """Find the failing layers by bisection."""
         if not names or not fails(names):
             return []
         half = len(names) // 2
@@ -271,7 +272,7 @@ def _in_place_of(model: nn.Module, layers: Mapping[str, nn.Module], others: Mapp
 
 
 def check_finite(model: nn.Module, images: Tensor, logits: Tensor) -> None:
-    """Raise `UserError` for logits with a NaN or an infinity, with what they come from."""
+    """Raise `UserError` for logits with a NaN or an infinity, and name the likely cause."""
     if bool(logits.isfinite().all()):
         return
     if not bool(images.isfinite().all()):
@@ -282,18 +283,18 @@ def check_finite(model: nn.Module, images: Tensor, logits: Tensor) -> None:
     if broken is None:
         greatest = {name: float(one.detach().abs().max()) for name, one in named.items()}
         largest = max(greatest, key=greatest.__getitem__)
-        why = f"no weight holds a NaN or an infinity, but {largest} has numbers up to {greatest[largest]:.1e}"
+        why = f"no weight holds a NaN or an infinity, but {largest} has values up to {greatest[largest]:.1e}"
     raise UserError(f"The model's logits are not finite: {why}. Give another checkpoint.")
 
 
 def side_of(model: nn.Module, img_size: int | None) -> int:
-    """The side of an image, pixels: as given, else what the patches were built for, else timm's for the model."""
+    """The side of an image, pixels: as given, else from the patch embedding, else timm's for the model."""
     built: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return img_size or (built[0] if isinstance(built, tuple) else input_spec(model, None, None).img_size)
 
 
 def noise(model: nn.Module, img_size: int | None) -> Tensor:
-    """Two images of noise, the same each time, where the model is."""
+    """Two images of noise (2, 3, side, side), the same each time, in the model's dtype and on its device."""
     side, weight = side_of(model, img_size), next(model.parameters())
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     return images.to(weight.device, weight.dtype)
@@ -301,7 +302,7 @@ def noise(model: nn.Module, img_size: int | None) -> Tensor:
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Generator[None]:
-    """Have a model in evaluation mode; that of each module comes back."""
+    """Put a model in evaluation mode, and restore each module's mode at the end."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -313,14 +314,12 @@ def in_evaluation(model: nn.Module) -> Generator[None]:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """What the model answers in evaluation mode, float32 or float64."""
+    """The model's output in evaluation mode, in its own dtype. Raises `UserError` if it is not a tensor."""
     with in_evaluation(model):
         answer: Any = model(images)
     answer = answer[0] if isinstance(answer, list | tuple) else answer
     if not isinstance(answer, Tensor):
-        raise UserError(
-            f"The model makes a {type(answer).__name__} of images, where numbers for each class are expected."
-        )
+        raise UserError(f"The model returns a {type(answer).__name__} for images; logits for each class are expected.")
     return answer
 
 

@@ -1,8 +1,8 @@
-"""Truncation of a weighted matrix: what every method does once it has said by what to weigh.
+"""Truncation of a weighted matrix, the part that all methods share.
 
-A method is a pair (L, M): L W M is truncated to rank r, then L and M are undone, so that W_r is the matrix of rank r
-with the least |L (W - W_r) M|_F (Eckart & Young, Psychometrika 1 (1936)). Letters of shapes: weight W (R, C), y = W x +
-b, K = min(R, C). All is float64, on the weight's device.
+A method is a pair (L, M). L W M is truncated to rank r, then L and M are undone, so W_r is the matrix of rank r with
+the least |L (W - W_r) M|_F (Eckart & Young, Psychometrika 1 (1936)). Letters of shapes: weight W (R, C), y = W x + b, K
+= min(R, C). Everything is computed in float64 on the weight's device.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ from lowrank_vit.lowrank.layers import Factors, even_factors, joined
 from lowrank_vit.spectral.solving.solve import first_triplets
 
 DAMPING = 1e-6
-"""What is added to a moment's diagonal, as a share of its mean."""
+"""Added to a moment's diagonal, as a share of the diagonal's mean."""
 _CERTIFIED = 1e-10
-"""How far the residual of a triplet may be off, as a share of the greatest value."""
+"""Largest residual of a triplet, as a share of the largest value."""
 
 
 @dataclass(frozen=True)
 class Root:
     """A root F of a symmetric, positive definite moment A = F F^T.
 
-    Which one does not matter: two differ by a rotation, and neither W_r nor the values of L W M know of it. So it is
-    Cholesky's, a tenth of the work of an eigendecomposition.
+    Any root will do: two roots differ by a rotation, which changes neither W_r nor the values of L W M. Cholesky's is
+    used, at a tenth of the work of an eigendecomposition.
     """
 
     factor: Tensor | None
-    """Lower triangular (N, N), a diagonal (N,), or None: the identity."""
+    """Lower triangular (N, N), a diagonal (N,), or None for the identity."""
 
     @classmethod
     def of(cls, moment: Tensor, damp_by: Tensor | None = None) -> Root:
-        """Of a moment (N, N), or a diagonal one (N,), with `DAMPING` times the mean of its diagonal added to that.
+        """The root of a moment (N, N) or a diagonal one (N,), after adding `DAMPING` times the diagonal's mean to the
+        diagonal.
 
-        Moments are singular after a LayerNorm, with dead features and with few tokens. A moment of zeros knows no
-        direction from another: the identity.
+        Moments are singular after a LayerNorm, with dead features and with few tokens. A moment of zeros prefers no
+        direction, so its root is the identity.
 
         Args:
-            moment: float64, positive semi-definite but for rounding.
-            damp_by: another moment, or its diagonal, to take the mean of: of a covariance the moment about zero, next
-                to which it may be nothing but rounding.
+            moment: float64, positive semi-definite up to rounding.
+            damp_by: another moment, or its diagonal, whose mean is used for the damping. For a covariance, give the
+            moment about zero: next to it the covariance may be mere rounding.
         """
         by = moment if damp_by is None else damp_by
         damping = DAMPING * float((by if by.ndim == 1 else by.diagonal()).mean())
@@ -80,7 +81,7 @@ IDENTITY = Root(None)
 
 
 class Weighting(NamedTuple):
-    """What a method weighs W by: L is the transpose of `left`'s factor, M is `right`'s."""
+    """A method's weights for W: L is the transpose of `left`'s factor, M is `right`'s factor."""
 
     left: Root = IDENTITY
     right: Root = IDENTITY
@@ -89,14 +90,16 @@ class Weighting(NamedTuple):
 
 
 Method = Callable[[Tensor, Moments, bool], Weighting]
-"""From a weight (R, C), float64, its moments, and whether the layer has a bias."""
+"""Takes a weight (R, C), float64, the layer's moments, and whether the layer has a bias."""
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """A layer's weight in directions, the most important first by its method, and what leaving out the rest costs.
+    """A layer's weight as a sum of directions, the most important by its method first, with the cost of dropping the
+    rest.
 
-    A layer taken in P parts of its rows has K = min(R / P, C), and at rank r the first r directions of each part.
+    A layer whose rows are split into P parts has K = min(R / P, C), and at rank r it keeps the first r directions of
+    each part.
     """
 
     shape: tuple[int, int]
@@ -104,35 +107,36 @@ class Decomposition:
     values_PK: np.ndarray
     """The singular values of L W M, descending."""
     own_losses: np.ndarray
-    """(K + 1,) half the sum of the squared values that are cut off at ranks 0 to K, which the method makes least."""
+    """(K + 1,) half the sum of the squared values cut off at ranks 0 to K: the quantity that the method minimises."""
     losses: np.ndarray
-    """(K + 1,) predicted loss at ranks 0 to K, nats an image: tr(G dW S dW^T) / 2, dW = W - W_r; see `decompose`.
+    """(K + 1,) predicted loss at ranks 0 to K, nats per image: tr(G dW S dW^T) / 2, dW = W - W_r; see `decompose`.
 
-    NaN without moments. It falls with the rank for the method `kfac`; for others it may rise.
+    NaN without moments. With the method `kfac` it falls as the rank rises; with others it may rise.
     """
     dtype: torch.dtype
-    """Of the weight."""
+    """Dtype of the weight."""
     bias_R: Tensor | None
-    """Where it is corrected b + W E[x], in float64, else b."""
+    """b, or b + W E[x] in float64 if the bias is corrected."""
     directions: tuple[tuple[Tensor, Tensor], ...]
-    """Of each part (R / P, M) and (M, C), whose product over the first r is its W_r; M is K, or what was asked for."""
+    """For each part (R / P, M) and (M, C); the product over the first r is the part's W_r. M is K, or
+    `greatest_rank`."""
     mean_C: Tensor | None
-    """E[x] where the bias is corrected."""
+    """E[x] (C,) if the bias is corrected."""
 
     @property
     def rank(self) -> int:
-        """K, the greatest."""
+        """K, the largest rank."""
         return self.values_PK.shape[1]
 
     def factors(self, rank: int) -> Factors:
         """W_r of rank 1 to K as balanced factors, and the bias, in the weight's own dtype.
 
-        Balanced: by the singular values of W_r itself, so that rounding to that dtype costs as little as it may.
+        Balanced by the singular values of W_r itself, which keeps the error of rounding to that dtype small.
         """
         if not 1 <= rank <= self.rank:
             rows, cols = self.shape
             part = f" of {self.parts} parts" if self.parts > 1 else ""
-            raise UserError(f"Rank {rank} does not fit a {rows} x {cols} matrix{part}: it is 1 to {self.rank}.")
+            raise UserError(f"Rank {rank} does not fit a {rows} x {cols} matrix{part}. Give 1 to {self.rank}.")
         assert rank <= self.directions[0][1].shape[0], "more directions than were asked for"
         made: list[Factors] = []
         for left_RK, right_KC in self.directions:
@@ -156,30 +160,31 @@ def decompose(
     parts: int = 1,
     greatest_rank: int | None = None,
 ) -> Decomposition:
-    """All directions of a layer's weight by a method, and the predicted loss of each rank.
+    """Decompose a layer's weight by a method and predict the loss at each rank.
 
-    The loss is the second-order one of the Kronecker-factored Fisher, whatever the method, so that losses of methods
-    compare: tr(G dW S dW^T) / 2, with S about the mean where the bias is corrected. It is exact to second order were
-    an image's tokens independent of one another and gradients of inputs; else it wants a constant, see
+    The loss is that of the Kronecker-factored Fisher to second order, whatever the method, so methods can be compared:
+    tr(G dW S dW^T) / 2, with S about the mean if the bias is corrected. It would be exact to second order if an image's
+    tokens were independent of one another, and gradients of inputs. They are not, so it needs a constant, see
     `allocation.measured_constant`.
 
     Args:
         weight_RC: finite, float32 or float64.
-        bias_R: or None.
+        bias_R: the bias, or None.
         method: one of `methods.METHODS`.
-        moments: those of the layer, of as many pieces as parts; None: W is truncated as it is, as by `svd`.
+        moments: those of the layer, with at least as many pieces as parts; None: W is truncated unweighted, as by
+        `svd`.
         parts: see `Decomposition`.
-        greatest_rank: without moments only so many directions are computed, which takes a fifth of the time; the values
-            of the others are then exact to 2e-8 of the greatest. None: all.
+        greatest_rank: without moments, compute only this many directions, which takes a fifth of the time; the other
+        values are then exact to 2e-8 of the largest. None: all.
 
     Raises:
-        UserError: weights or moments that are not finite.
+        UserError: weights or moments are not finite, or the rows do not split into `parts`.
     """
     if not torch.isfinite(weight_RC).all():
         raise UserError("The weights hold a NaN or an infinity.")
     rows, cols = weight_RC.shape
     if rows % parts:
-        raise UserError(f"{rows} rows are not {parts} equal parts.")
+        raise UserError(f"{rows} rows cannot be split into {parts} equal parts.")
     size = rows // parts
     values: list[np.ndarray] = []
     directions: list[tuple[Tensor, Tensor]] = []
@@ -217,7 +222,7 @@ def decompose_layers(
     parts: Mapping[str, int] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Decomposition]:
-    """`decompose` for each layer; `progress` is called after each with the number of layers so far."""
+    """`decompose` every layer; `progress` is called after each with the number of layers done."""
     made: dict[str, Decomposition] = {}
     for name, layer in targets.items():
         of_layer = None if moments is None else moments[name]
@@ -231,7 +236,7 @@ def decompose_layers(
 
 
 def _certified_first(matrix_RC: Tensor, count: int) -> tuple[np.ndarray, Tensor, Tensor] | None:
-    """All values (K,), and of the first triplets U S (R, M) and V^T (M, C); None where one is off by too much."""
+    """All values (K,), and U S (R, M) and V^T (M, C) of the first triplets; None if one is not accurate enough."""
     m = min(count, *matrix_RC.shape)
     solved = first_triplets("a weight", matrix_RC, lambda _: m, log=lambda _: None)
     top = solved.top
@@ -242,10 +247,10 @@ def _certified_first(matrix_RC: Tensor, count: int) -> tuple[np.ndarray, Tensor,
 
 
 def _certified_svd(matrix_RC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (R, K), values (K,), V^T (K, C), with the residuals of all triplets looked at.
+    """U (R, K), values (K,), V^T (K, C), after checking the residuals of all triplets.
 
-    A true value lies within sqrt((|A v - s u|^2 + |A^T u - s v|^2) / 2) of each. Where a GPU's solver is off by more
-    than rounding, LAPACK's on the host is taken.
+    A true value lies within sqrt((|A v - s u|^2 + |A^T u - s v|^2) / 2) of each. If a GPU's solver is off by more than
+    rounding, LAPACK on the host is used instead.
     """
     worst, greatest = 0.0, 0.0
     for place in (matrix_RC, matrix_RC.cpu()):
@@ -255,14 +260,14 @@ def _certified_svd(matrix_RC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         worst, greatest = float(((right + left) / 2).max().sqrt()), float(s_K[0])
         if worst <= _CERTIFIED * greatest:
             return u_RK, s_K, vt_KC
-    raise UserError(f"The singular triplets found are off by {worst:.1e}; the greatest value is {greatest:.1e}.")
+    raise UserError(f"The singular triplets have an error of {worst:.1e}; the largest value is {greatest:.1e}.")
 
 
 def _predicted(directions: list[tuple[Tensor, Tensor]], gradient_RR: Tensor, input_CC: Tensor) -> np.ndarray:
     """Losses (K + 1,) at ranks 0 to K: half of tr(G dW S dW^T), where dW is the sum of the directions cut off.
 
-    With directions a_i b_i^T that is half the sum over pairs cut off of (a_i^T G a_j) (b_i^T S b_j), and each rank less
-    adds one row and column of it. Parts of the same rank count as one direction.
+    With directions a_i b_i^T this is half the sum over pairs of directions cut off of (a_i^T G a_j) (b_i^T S b_j). Each
+    rank less adds one row and one column of these pairs. Parts at the same rank count as one direction.
     """
     size, K = directions[0][0].shape
     pairs_KK = gradient_RR.new_zeros(K, K)

@@ -1,4 +1,4 @@
-"""Whether the labels of a set mean what the outputs of a model do: compared by name, and mapped where they differ."""
+"""Matching the labels of a data set with the outputs of a model: compared by name, and mapped where they differ."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ from data_prep.sources.samples import TRUST, abbreviated, differences, imagenet1
 from lowrank_vit.common.errors import UserError
 
 Order = Literal["timm", "code-point"]
-"""Of the outputs of a model that does not name its classes: timm's order of their folders, or torchvision's."""
+"""Order of the outputs of a model without class names: timm's order of class folders, or torchvision's."""
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a set or of a model."""
+    """The classes of a data set or of a model."""
 
     what: str
-    """What they are of, for messages."""
+    """The set or the model, for messages."""
     count: int
-    """Labels, or outputs; of a set without names that of its greatest label."""
+    """Number of labels or outputs; for a set without names, its largest label plus one."""
     names: Sequence[str] | None
-    """Names in label order, where they are known; a model may have more outputs."""
+    """Names in label order, if known; a model may have more outputs."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """What the labels of a set mean to a model."""
+    """How the labels of a set map to the outputs of a model."""
 
     outputs: list[int]
     """The model's output for each label of the set."""
     names: list[str] | None
-    """Names of the model's outputs, as far as they are known."""
+    """Names of the model's outputs, as far as known."""
     remarks: list[str] = field(default_factory=list)
-    """What was assumed, a line each."""
+    """The assumptions made, one line each."""
 
     @property
     def is_identity(self) -> bool:
-        """True where label N is output N."""
+        """True if label N is output N for all labels."""
         return self.outputs == list(range(len(self.outputs)))
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What the user says of classes that cannot be compared."""
+    """The user's flags for classes that cannot be compared."""
 
     labels: bool = False
-    """--trust-labels: label N is output N where the names of the one are not among those of the other."""
+    """--trust-labels: label N is output N if the class names do not match."""
     order: Order = "timm"
     """--class-order."""
 
 
 def published_names(num_outputs: int) -> list[str] | None:
-    """The classes of the ImageNet set with as many of them, as timm tells it; None for no such number."""
+    """Timm's class names of the ImageNet set with this number of classes; None if there is none."""
     if num_outputs == len(imagenet1k()):
         return list(imagenet1k())
     subset = infer_imagenet_subset({"num_classes": num_outputs})
@@ -63,17 +63,18 @@ def published_names(num_outputs: int) -> list[str] | None:
 
 
 def match(data: Classes, model: Classes, trust: Trust, advice: str) -> Match:
-    """The output of each label of `data`, by the names of the classes where both sides have them.
+    """Map each label of `data` to an output of `model`, by class names if both sides have them.
 
-    Where one side has no names, the numbers must agree, or all classes of the data be of the ImageNet set that has the
-    model's number of classes. Raises `UserError` with both lists and `advice` for all else, unless the user trusts.
+    If one side has no names, the numbers of classes must agree, or all classes of the data must belong to the ImageNet
+    set with the model's number of classes. Otherwise raises `UserError` with both lists and `advice`, unless the user
+    trusts the labels.
     """
     same = Match(list(range(data.count)), list(model.names) if model.names else None)
     outputs = positions(data.names, model.names) if data.names and model.names else None
     if trust.labels and outputs is None:
         if data.count > model.count:
-            raise UserError(f"--trust-labels: {data.what} has {data.count:,} classes, {_in_words(model)}. {advice}")
-        return replace(same, remarks=[f"label N of {data.what} is taken for output N of {model.what} (--trust-labels)"])
+            raise UserError(f"--trust-labels: {data.what} has {data.count:,} classes, but {_in_words(model)}. {advice}")
+        return replace(same, remarks=[f"label N of {data.what} is taken as output N of {model.what} (--trust-labels)"])
     if data.names is None:
         if data.count != model.count:
             raise _differ(data, model, advice)
@@ -94,7 +95,7 @@ def _with_nameless_model(data: Classes, model: Classes, trust: Trust, advice: st
     if known and (outputs := positions(data.names, known)) is not None:
         found = _found(outputs, data, replace(model, names=known))
         is_all = data.count == model.count
-        assumed = f"{model.what} names no classes: its {model.count:,} outputs are taken for ImageNet's"
+        assumed = f"{model.what} names no classes: its {model.count:,} outputs are taken as ImageNet's"
         return replace(found, remarks=[*([] if is_all else [assumed]), *found.remarks])
     if data.count != model.count:
         raise _differ(data, model, advice)
@@ -112,13 +113,13 @@ def _with_nameless_model(data: Classes, model: Classes, trust: Trust, advice: st
     assert outputs is not None
     remark = (
         f"{model.what} names no classes: its outputs are taken in {words[0]} ({_where_they_part(names, other)}); if "
-        f"they are {words[1]} ({_where_they_part(other, names)}), say --class-order {name}"
+        f"they are {words[1]} ({_where_they_part(other, names)}), give --class-order {name}"
     )
     return Match(outputs, names, [remark])
 
 
 def _where_they_part(names: Sequence[str], others: Sequence[str]) -> str:
-    """A list up to where it differs from another, in short."""
+    """The part of a list around its first difference from another, shortened."""
     first = next(n for n, (a, b) in enumerate(zip(names, others, strict=True)) if a != b)
     shown = list(names[max(0, first - 2) : first + 2])
     return ", ".join([*(["..."] if first > 2 else []), *shown, *(["..."] if first + 2 < len(names) else [])])
@@ -141,7 +142,7 @@ def _of_nameless_data(data: Classes, model: Classes) -> list[str]:
     if not model.names or sorted(model.names) == in_timms_order(model.names):
         return []
     return [
-        f"{data.what} names no classes: label N is taken for output N of {model.what} ({abbreviated(model.names, 4)})"
+        f"{data.what} names no classes: label N is taken as output N of {model.what} ({abbreviated(model.names, 4)})"
     ]
 
 
@@ -150,7 +151,7 @@ def _are_numbers(names: Sequence[str]) -> bool:
 
 
 def _in_words(classes: Classes) -> str:
-    return f"{classes.what} only {classes.count:,}"
+    return f"{classes.what} has only {classes.count:,}"
 
 
 def _differ(data: Classes, model: Classes, advice: str) -> UserError:
@@ -162,4 +163,4 @@ def _differ(data: Classes, model: Classes, advice: str) -> UserError:
             for one, kind in ((data, "classes"), (model, "outputs"))
         )
         lists = "; ".join(sides)
-    return UserError(f"The classes do not fit, so labels would not mean the same. {lists}. {advice} {TRUST}")
+    return UserError(f"The classes do not fit, so labels would mean something else. {lists}. {advice} {TRUST}")

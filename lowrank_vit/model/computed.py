@@ -1,8 +1,8 @@
-"""Weights that a layer computes from other parameters, as its next forward would: where they are, and what they are.
+"""Weights that a layer computes from other parameters: their paths, and their values as in the next forward pass.
 
-Known are torch's parametrizations; its older hooks `weight_norm`, `spectral_norm` and those of pruning; and PEFT's
-layers, whose adapters of any kind PEFT itself merges into a copy. A path here is one of the model without PEFT: what
-it keeps as NAME.base_layer.weight, or trains as NAME.modules_to_save.ADAPTER.weight, is NAME.weight.
+Supported are torch's parametrizations, its older hooks `weight_norm`, `spectral_norm` and pruning, and PEFT's layers
+with adapters of any kind, which PEFT itself merges into a copy. Paths here are those of the model without PEFT:
+NAME.base_layer.weight, and the trained NAME.modules_to_save.ADAPTER.weight, are NAME.weight.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from lowrank_vit.model.foreign import oddity
 from lowrank_vit.model.lora import effective_weight, has_adapter
 
 _PARAMETRIZED = re.compile(r"(^|.*?\.)parametrizations\.(\w+)\..+")
-"""Names of the parts of tensors under torch's parametrizations."""
+"""Names of the tensors behind torch's parametrizations."""
 _OF_HOOKS = re.compile(r"(.+)_(g|v|orig)")
-"""Names of what the older hooks compute from."""
+"""Names of the tensors from which the older hooks compute."""
 _Hook = WeightNorm | SpectralNorm | BasePruningMethod
 _BASE, _ORIGINAL = "base_layer", "original_module"
 _LEAVE_OUT = "Name targets without it"
 
 
 def weights_by_path(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by path, in the model's order; computed weights stand in the place of their parts.
+    """The parameters by path, in the model's order; computed weights replace the tensors that they are made from.
 
-    Of a layer of PEFT's there is a tensor of the weight's shape and type, without values: `weight_at` has them.
+    For a PEFT layer the tensor has the weight's shape and dtype but no values: `weight_at` computes these.
 
     Raises:
         UserError: a layer has no weights yet.
@@ -46,13 +46,13 @@ def weights_by_path(model: nn.Module) -> dict[str, Tensor]:
     for path, parameter in model.named_parameters(remove_duplicate=False):
         if is_lazy(parameter):
             raise UserError(
-                f"{path} is not there yet: a lazy layer makes it at its first batch. Run one, and begin then."
+                f"{path} does not exist yet: a lazy layer makes it at its first batch. Run one batch first."
             )
         owner, _, name = _PARAMETRIZED.sub(r"\1\2", path).rpartition(".")
         name = _made_by_hooks(modules[owner], name)
         place = path_without_peft(model, f"{owner}.{name}" if owner else name)
         if place and place not in found:
-            key = id(modules[owner]), name  # what modules that are one compute is one weight
+            key = id(modules[owner]), name  # a module under two names computes one weight
             if key not in once:
                 once[key] = _stand_in(model, place, _tensor(modules[owner], name, place))
             found[place] = once[key]
@@ -64,12 +64,12 @@ def weights_by_path(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weight_at(model: nn.Module, path: str) -> Tensor:
-    """The weight of a path of `weights_by_path`: the parameter itself, or what its layer computes, without gradients.
+    """The weight at a path of `weights_by_path`: the parameter itself, or the computed weight without gradients.
 
-    Changes nothing of the model. Of a layer of PEFT's float64, where PEFT can merge that.
+    The model is not changed. For a PEFT layer the result is float64 if PEFT can merge in float64.
 
     Raises:
-        UserError: what the layer computes with is not known; it names the layer.
+        UserError: the weight that the layer computes with is unknown; the message names the layer.
         AttributeError: there is no such weight.
     """
     module, parts = model, path.split(".")
@@ -80,7 +80,7 @@ def weight_at(model: nn.Module, path: str) -> Tensor:
 
 
 def layer_at(model: nn.Module, path: str) -> nn.Module | None:
-    """The module of a path without PEFT; None where none is there."""
+    """The module at a path without PEFT; None if there is none."""
     try:
         *_, (module, _) = _walk(model, [*path.split("."), ""])
     except AttributeError:
@@ -89,7 +89,7 @@ def layer_at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def path_without_peft(model: nn.Module, path: str) -> str | None:
-    """The path of a module or tensor as it is without PEFT; None of an adapter's part, and of what is not in use."""
+    """The path of a module or tensor without PEFT; None for parts of adapters and for modules not in use."""
     module, kept, parts = model, list[str](), path.split(".")
     while parts:
         if inside := _inside(module):
@@ -103,18 +103,18 @@ def path_without_peft(model: nn.Module, path: str) -> str | None:
 
 
 def is_of_peft(module: nn.Module) -> bool:
-    """Whether PEFT has put a module around a layer, to adapt it. PEFT is not imported for that."""
+    """Whether the module is PEFT's wrapper around an adapted layer. PEFT is not imported for this."""
     return _has_base(type(module), "BaseTunerLayer") and isinstance(getattr(module, _BASE, None), nn.Module)
 
 
 @lru_cache(maxsize=1024)
 def _has_base(kind: type, name: str) -> bool:
-    """Asked of every module on the way to every watched matrix, at each refresh of spectra."""
+    """Whether a class has a base of PEFT with this name. Cached, as each refresh of spectra asks for many modules."""
     return any(one.__name__ == name and one.__module__.startswith("peft.") for one in kind.__mro__)
 
 
 def _inside(module: Any) -> list[str]:
-    """The path from a module that PEFT has put around a layer to that, or to the one in use of its copies."""
+    """The path from PEFT's wrapper to the layer inside it, or to the copy of it in use; empty for other modules."""
     if is_of_peft(module):
         return [_BASE]
     if not _has_base(type(module), "AuxiliaryTrainingWrapper"):
@@ -129,7 +129,7 @@ def _inside(module: Any) -> list[str]:
 
 
 def _walk(model: nn.Module, parts: list[str]) -> Iterator[tuple[nn.Module, list[str]]]:
-    """The modules on a path without PEFT, each with the rest of the path: those around layers that they adapt, too."""
+    """The modules on a path without PEFT, each with the rest of the path; PEFT's wrappers are included."""
     module: Any = model
     for i in range(len(parts)):
         while not is_of_peft(module) and (inside := _inside(module)):
@@ -140,9 +140,9 @@ def _walk(model: nn.Module, parts: list[str]) -> Iterator[tuple[nn.Module, list[
 
 
 def _merged(layer: Any, rest: list[str], path: str) -> Tensor:
-    """What a layer of PEFT's computes with in the place of a tensor of the layer that it adapts."""
+    """The tensor that a PEFT layer computes with instead of a tensor of the adapted layer."""
     base, is_weight = layer.base_layer, rest == ["weight"]
-    is_undone = layer.disable_adapters and layer.merged  # its forward takes them off again
+    is_undone = layer.disable_adapters and layer.merged  # its forward unmerges them
     of_layer = {*layer._get_available_adapters()}
     is_as_base = layer.disable_adapters or layer.merged
     active = [] if is_as_base else [name for name in layer.active_adapters if name in of_layer]
@@ -151,14 +151,14 @@ def _merged(layer: Any, rest: list[str], path: str) -> Tensor:
         kind = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
         name = ".".join(path.split(".")[: -len(rest)]) or type(layer).__name__
         return UserError(
-            f"{name}: the weight that it computes with is not known. It has an adapter of PEFT's kind {kind}, and "
-            f"{why}. {_LEAVE_OUT}, or merge it before."
+            f"{name}: the weight that it computes with is unknown. It has an adapter of PEFT's kind {kind}, and "
+            f"{why}. {_LEAVE_OUT}, or merge it first."
         )
 
     if is_of_peft(base):
-        raise unknown("that one is around another")
+        raise unknown("the adapter wraps another adapter")
     if type(getattr(vars(layer).get("forward"), "__self__", None)).__module__.startswith("peft."):
-        raise unknown("how much it counts differs from sample to sample")
+        raise unknown("its strength differs from sample to sample")
     if is_weight and not is_undone:
         weight = _tensor(base, "weight", path)
         if not active or weight.is_meta or oddity(weight) or not weight.is_floating_point():
@@ -166,9 +166,9 @@ def _merged(layer: Any, rest: list[str], path: str) -> Tensor:
         if has_adapter(layer) and (total := effective_weight(layer, weight, active)) is not None:
             return total
     if is_weight and "weight" not in base._parameters:
-        raise unknown("the weight below it is computed, too")
+        raise unknown("the weight that it adapts is computed, too")
     failure: Exception | None = None
-    for dtype in (torch.float64, None):  # some kinds are written for float32 alone
+    for dtype in (torch.float64, None):  # some kinds only work in float32
         try:
             with torch.no_grad():
                 twin: Any = copy.deepcopy(layer).eval().to(dtype)
@@ -180,13 +180,13 @@ def _merged(layer: Any, rest: list[str], path: str) -> Tensor:
                 for part in rest:
                     found = getattr(found.get_base_layer() if is_of_peft(found) else found, part)
                 return found.detach()
-        except Exception as error:  # of PEFT, such as a kind that cannot be merged
+        except Exception as error:  # PEFT's, such as for a kind that cannot be merged
             failure = failure or error
-    raise unknown(f"cannot be merged ({in_short(failure or ValueError())})") from failure
+    raise unknown(f"it cannot be merged ({in_short(failure or ValueError())})") from failure
 
 
 def _stand_in(model: nn.Module, path: str, weight: Tensor) -> Tensor:
-    """The tensor of a layer; where PEFT adapts that, one without values, which is not that of any other layer."""
+    """The layer's tensor; for a layer adapted by PEFT, a new tensor without values."""
     is_array = weight.is_floating_point() and not oddity(weight) and not hasattr(weight, "full_tensor")
     is_adapted = any(is_of_peft(module) for module, _ in _walk(model, path.split(".")))
     return torch.empty_like(weight, device="meta") if is_adapted and is_array else weight
@@ -202,14 +202,14 @@ def _tensor(module: Any, name: str, path: str) -> Tensor:
         return _hooked(module, name)
     if isinstance(getattr(module, name, None), Tensor):
         raise UserError(
-            f"{path} is no parameter: its layer computes it, and how is not known here. {_LEAVE_OUT}, or have it "
-            "computed by torch.nn.utils.parametrize."
+            f"{path} is not a parameter: its layer computes it in an unknown way. {_LEAVE_OUT}, or compute it with "
+            "torch.nn.utils.parametrize."
         )
     raise AttributeError(f"the model has no {path}")
 
 
 def _parametrized(module: Any, name: str) -> Tensor:
-    """A tensor that a parametrization makes, in evaluation mode: in training spectral_norm would go on a step."""
+    """A tensor made by a parametrization, in evaluation mode: in training mode spectral_norm would make a step."""
     made_by = module.parametrizations[name]
     modes = {one: one.training for one in made_by.modules()}
     try:
@@ -222,7 +222,7 @@ def _parametrized(module: Any, name: str) -> Tensor:
 
 
 def _hooked(module: nn.Module, name: str) -> Tensor:
-    """A tensor that hooks before the forward make, in evaluation mode; the module keeps the one that it has."""
+    """A tensor made by forward pre-hooks, in evaluation mode; the module's own tensor is not changed."""
     twin: Any = copy.copy(module)
     twin.training = False
     with torch.no_grad():
@@ -236,12 +236,12 @@ def _hooks(module: Any) -> Iterator[_Hook]:
 
 
 def _name_of(hook: Any) -> str:
-    """The tensor that a hook computes."""
+    """The name of the tensor that a hook computes."""
     return vars(hook)["_tensor_name" if isinstance(hook, BasePruningMethod) else "name"]
 
 
 def _made_by_hooks(module: nn.Module, name: str) -> str:
-    """The name of the tensor that hooks compute from this one, or its own."""
+    """The name of the tensor that hooks compute from `name`, or `name` itself."""
     computed = {_name_of(hook) for hook in _hooks(module)}
     while (part := _OF_HOOKS.fullmatch(name)) and part[1] in computed:
         name = part[1]
@@ -249,7 +249,7 @@ def _made_by_hooks(module: nn.Module, name: str) -> str:
 
 
 def _unregistered(module: nn.Module) -> Iterator[str]:
-    """Names of the weights of torch's layers that are tensors, but no parameters."""
+    """Names of weights of torch's layers that are plain tensors, not parameters."""
     inside, names = vars(module), ("weight",) if isinstance(module, nn.Linear) else ()
     names = ("in_proj_weight",) if isinstance(module, nn.MultiheadAttention) else names
     names = inside["_flat_weights_names"] if isinstance(module, nn.RNNBase) else names

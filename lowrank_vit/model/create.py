@@ -1,4 +1,4 @@
-"""Make the timm model that a configuration names, and learn from it how its images must look."""
+"""Make the timm model that a configuration names, and read its image settings."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ from lowrank_vit.model.hub import source_of
 from lowrank_vit.model.weights import Checkpoint
 
 FLAG_OF = {"num_classes": "num-classes", "drop_rate": "drop", "drop_path_rate": "drop-path"}
-"""Arguments of a constructor that have a flag of their own, which data and run look at too."""
+"""Arguments of a constructor that have their own flag, which data and run read too."""
 _REFUSED = {
-    "in_chans": "images are RGB here, so it is 3",
+    "in_chans": "images are RGB, so it is always 3",
     **dict.fromkeys(
         ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
-        "which weights to start from is said with --pretrained, --pretrained-path or --initial-checkpoint",
+        "initial weights are chosen with --pretrained, --pretrained-path or --initial-checkpoint",
     ),
 }
-"""Arguments of timm's `create_model` that are not for the user, and why."""
+"""Arguments of timm's `create_model` that users may not set, and why."""
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """How the model wants its images."""
+    """The image settings of a model."""
 
     img_size: int
     """Side, pixels."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    """Mean and standard deviation of red, green and blue, 0-1."""
+    """Standard deviation, like the mean, of red, green and blue, 0-1."""
     crop_pct: float
 
 
 def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """`("patch_size=2", "qkv_bias=False")` as keyword arguments; values are Python literals, else strings.
+    """`("patch_size=2", "qkv_bias=False")` as keyword arguments; values are Python literals, otherwise strings.
 
-    `img_size` becomes one whole number. Raises `UserError` for what has a flag of its own.
+    `img_size` becomes an integer. Raises `UserError` for arguments that have their own flag.
     """
     kwargs = parse_keywords(pairs, "--model-kwargs", "patch_size=2")
     for name, value in kwargs.items():
         if name in FLAG_OF:
             raise UserError(f"--model-kwargs {name}={value}: give it as --{FLAG_OF[name]} {value}.")
         if name in _REFUSED and (name, value) != ("in_chans", 3):
-            raise UserError(f"--model-kwargs {name}={value} is not here: {_REFUSED[name]}. Leave it out.")
+            raise UserError(f"--model-kwargs {name}={value} is not possible: {_REFUSED[name]}. Leave it out.")
     if "img_size" in kwargs:
         kwargs["img_size"] = square_side(str(kwargs["img_size"]))
     return kwargs
@@ -83,15 +83,15 @@ def create_model(
     grad_checkpointing: bool = False,
     say: Say = terminal.say,
 ) -> nn.Module:
-    """A timm model in channels_last on the CPU, freshly initialised (from torch's generator) or pretrained.
+    """A timm model in channels_last on the CPU, randomly initialised (from torch's generator) or pretrained.
 
-    `pretrained`: with the weights that timm publishes; `pretrained_file`: with those of a file. timm interpolates their
-    position embedding to `img_size`; the classifier is a new one where the number of classes differs, which is said.
-    Raises `UserError` for an unknown name, arguments that the constructor does not take, and weights that cannot be had
-    or do not fit.
+    `pretrained`: use timm's published weights; `pretrained_file`: use a file's weights. timm interpolates their
+    position embedding to `img_size`. If the number of classes differs, the classifier is a new one, which `say`
+    reports. Raises `UserError` for an unknown name, arguments that the constructor does not take, and weights that are
+    not available or do not fit.
 
-    `grad_checkpointing` computes each block's activations anew in the backward pass, compiled or not; gradients stay
-    the same. An `img_size` that the constructor does not take (of a convolutional network) is left to the data.
+    `grad_checkpointing` recomputes each block's activations in the backward pass, compiled or not; gradients stay the
+    same. If the constructor does not take `img_size` (convolutional networks), only the data use it.
     """
     check_model_name(name)
     kwargs: dict[str, Any] = {"num_classes": num_classes, "drop_rate": drop, "drop_path_rate": drop_path}
@@ -113,21 +113,21 @@ def create_model(
         try:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AttributeError, AssertionError) as error:
-            raise UserError(f"--grad-checkpointing: --model {name} cannot do that. Leave it out.") from error
+            raise UserError(f"--grad-checkpointing: --model {name} does not support it. Leave it out.") from error
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def outline(make: Callable[[], nn.Module]) -> nn.Module:
-    """What `make` makes by `create_model`, without memory for its weights where its constructor does without."""
+    """The model of `make`, which calls `create_model`, on the meta device if its constructor can do that."""
     try:
         with torch.device("meta"):
             return make()
-    except UserError:  # the arguments are wrong, or the constructor looks at numbers that are not there: see which
+    except UserError:  # wrong arguments, or the constructor reads values, which meta tensors lack: find out which
         return make()
 
 
 def _tell_of_unseen_pixels(model: nn.Module, img_size: int | None, say: Say) -> None:
-    """Say which pixels patches of the model's size leave over; timm drops them without a word."""
+    """Report the pixels that do not fill a patch; timm drops them silently."""
     embed = getattr(model, "patch_embed", None)
     size = getattr(embed, "patch_size", None)
     if img_size is None or not isinstance(size, tuple) or getattr(embed, "dynamic_img_pad", False):
@@ -136,13 +136,13 @@ def _tell_of_unseen_pixels(model: nn.Module, img_size: int | None, say: Say) -> 
     if left := img_size % patch:
         near = " or ".join(str(side) for side in (img_size - left, img_size - left + patch) if side)
         say(
-            f"note: --img-size {img_size} is no multiple of the model's patches of {patch} pixels: {left} rows at the "
-            f"bottom and {left} columns on the right of each image are not seen. {near} leaves out none."
+            f"note: --img-size {img_size} is not a multiple of the model's patch size, {patch} pixels: the model does "
+            f"not see {left} rows at the bottom and {left} columns on the right of each image. {near} would fit."
         )
 
 
 def _build(name: str, kwargs: dict[str, Any], **pretrained: Any) -> nn.Module:
-    """Call timm's `create_model`. Raises `UserError` for arguments; errors of loading weights are the caller's."""
+    """Call timm's `create_model`. Raises `UserError` for wrong arguments; errors of loading weights pass through."""
     try:
         return timm.create_model(name, **kwargs, **pretrained)
     except TypeError as error:
@@ -163,9 +163,9 @@ def _cannot_be_built(name: str, kwargs: dict[str, Any], error: Exception) -> Use
 
 
 def _build_published(build: Build, name: str, num_classes: int, say: Say) -> nn.Module:
-    """The model with the weights that timm publishes, from the Hugging Face hub or its local cache.
+    """The model with timm's published weights, from the Hugging Face hub or its local cache.
 
-    Raises `UserError` where there are none, where they cannot be fetched, or where they do not fit.
+    Raises `UserError` if there are none, or they cannot be fetched or do not fit.
     """
     published = timm.models.get_pretrained_cfg(name)
     try:
@@ -185,7 +185,7 @@ def _build_published(build: Build, name: str, num_classes: int, say: Say) -> nn.
 
 
 def check_published(name: str) -> None:
-    """Raise `UserError` where timm has no weights for a model, or where they are neither in reach nor in the cache."""
+    """Raise `UserError` if timm has no weights for a model, or they are neither reachable nor in the cache."""
     cfg = timm.models.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise UserError(
@@ -219,9 +219,9 @@ def input_spec(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> InputSpec:
-    """The model's own size, mean, std and crop share (timm's data configuration), with the user's over them.
+    """The model's image size, mean, std and crop share (timm's data configuration), unless the user gives others.
 
-    One number for `mean` or `std` is that of all three channels.
+    A single number for `mean` or `std` holds for all three channels.
     """
     own = timm.data.resolve_data_config({}, model=model)
     return InputSpec(
@@ -251,5 +251,5 @@ def set_head(model: nn.Module, scale: float | None, bias: float | None) -> None:
                 head.bias.mul_(scale)
         if bias is not None:
             if head.bias is None:
-                raise UserError("--head-init-bias needs a classifier with a bias, which this model's has not.")
+                raise UserError("--head-init-bias needs a classifier with a bias. This model's has none.")
             head.bias.fill_(bias)

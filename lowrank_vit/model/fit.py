@@ -1,7 +1,7 @@
-"""Weights fitted to a model: position embeddings, the head's rows by the names of the classes; what differs is refused.
+"""Fitting weights to a model: position embeddings, and the head's rows by class name; other differences are refused.
 
-Weights that must fit as they are (`load_weights`) are looked at here. Those that are only a start (`build_with`) are
-fitted by timm, to another image size, patch size and head; what timm then leaves out without a word is looked at here.
+Weights that must fit exactly (`load_weights`) are checked here. Weights that only initialise a model (`build_with`) are
+fitted by timm to another image size, patch size and head; the tensors that timm then skips silently are checked here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from lowrank_vit.model.low_rank import factor_names, ranks_of, rebuild, with_pro
 from lowrank_vit.model.weights import Checkpoint, read_checkpoint
 
 HEADS = ("head", "head.fc", "fc", "classifier")
-"""What the last layer is called where timm does not tell: in files of other programs."""
+"""Names of the last layer in other programs' files, for which timm has no name."""
 
 
 class Build(Protocol):
-    """timm's `create_model` with all arguments but those about pretrained weights."""
+    """timm's `create_model` with all arguments given except those about pretrained weights."""
 
     def __call__(self, **pretrained: Any) -> nn.Module:
         """Make the model."""
@@ -38,9 +38,9 @@ class Build(Protocol):
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: dict[str, Tensor], model_name: str) -> None:
-    """Copy `weights` into `model`, whose layers become factors where those of the file are.
+    """Copy `weights` into `model`; its layers are factorised like those of the file.
 
-    Raises `UserError` that tells how a checkpoint of another model differs.
+    Raises `UserError` for a checkpoint of another model, and tells how it differs.
     """
     rebuild(model, weights, checkpoint.lowrank_ranks, str(checkpoint.path))
     own = model.state_dict()
@@ -58,7 +58,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: dict[str, Te
         if shapes:
             differences.append(f"{len(shapes)} tensors have another shape ({shapes[0]})")
         if kinds:
-            differences.append(f"{len(kinds)} are of another type ({kinds[0]} is {weights[kinds[0]].dtype})")
+            differences.append(f"{len(kinds)} have another dtype ({kinds[0]} is {weights[kinds[0]].dtype})")
         if missing:
             differences.append(f"{len(missing)} are missing ({missing[0]})")
         if unknown:
@@ -71,15 +71,16 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: dict[str, Te
 
 
 def resized(model: nn.Module, weights: dict[str, Tensor], path: Path, say: Say) -> dict[str, Tensor]:
-    """The weights with their position embedding, (1, N, D), interpolated to the model's patches, as timm does it.
+    """The weights with their position embedding, (1, N, D), interpolated to the model's patches, as in timm.
 
-    That is said. Weights of a square grid are resized; others stay as they are, and loading will say what differs.
+    `say` reports it. Only a square grid is resized; other embeddings stay unchanged, and loading reports the
+    difference.
     """
     own, theirs = model.state_dict().get("pos_embed"), weights.get("pos_embed")
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if own is None or theirs is None or grid is None or own.ndim != 3 or theirs.shape[::2] != own.shape[::2]:
         return weights
-    num_prefix = own.shape[1] - math.prod(grid)  # class token and registers, where they have a place in it
+    num_prefix = own.shape[1] - math.prod(grid)  # class token and registers, if they have position embeddings
     side = math.isqrt(max(0, theirs.shape[1] - num_prefix))
     if theirs.shape == own.shape or num_prefix < 0 or side**2 + num_prefix != theirs.shape[1] or not side:
         return weights
@@ -91,30 +92,29 @@ def resized(model: nn.Module, weights: dict[str, Tensor], path: Path, say: Say) 
 def load_initial(
     model: nn.Module, path: Path, model_name: str, say: Say, of_data: tuple[Classes, Trust] | None = None
 ) -> None:
-    """Copy the weights of --initial-checkpoint into the model and say which; they must fit but for the image size.
+    """Copy the weights of --initial-checkpoint into the model and report which; only the image size may differ.
 
-    The head's rows are brought into the order of the classes of `of_data`, by their names. Raises `UserError` naming
-    the file.
+    The head's rows are reordered to the classes of `of_data`, by name. Raises `UserError` naming the file.
     """
     checkpoint = read_checkpoint(path, "--initial-checkpoint")
     weights, is_ema = checkpoint.weights_to_start_from()
     rebuild(model, weights, checkpoint.lowrank_ranks, str(path))
     if of_data:
-        advice = f"--pretrained-path {path} starts with a new head where the number of classes differs."
+        advice = f"--pretrained-path {path} starts with a new head if the number of classes differs."
         weights = _with_head_of(weights, checkpoint, model, model_name, *of_data, say, advice)
     load_weights(model, checkpoint, resized(model, weights, path, say), model_name)
     say(f"initial weights: {_whose(checkpoint, is_ema=is_ema)}{_in_factors(model)}")
 
 
 def build_with_file(build: Build, name: str, checkpoint: Checkpoint, num_classes: int, say: Say) -> nn.Module:
-    """The model with the weights of a file, --pretrained-path or one of the hub, fitted by timm; whose is said.
+    """The model with weights fitted by timm, from --pretrained-path or a hub model's file; `say` reports which.
 
-    timm fits the products of layers in factors, which are put in their factors again then. Raises `UserError` for
+    For factorised layers, timm fits their products, and the factors are restored afterwards. Raises `UserError` for
     weights of another model.
     """
     flag = f"--model {checkpoint.source}" if checkpoint.source else f"--pretrained-path {checkpoint.path}"
     in_file = checkpoint.num_outputs(head_names(name))
-    # timm keeps the head where both numbers agree, and wants every tensor then. -1: there is none to keep.
+    # timm keeps the head if both numbers agree, and then needs every tensor. -1: there is no head to keep.
     overlay: dict[str, Any] = {"num_classes": in_file or -1, "label_offset": 0}
     is_ema, weights = False, dict[str, Tensor]()
     if checkpoint.is_npz:
@@ -138,7 +138,7 @@ def build_with_file(build: Build, name: str, checkpoint: Checkpoint, num_classes
     }
     rebuild(model, factors, {}, flag)
     model.load_state_dict(factors, strict=False)
-    model.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]  # not to be copied with the model
+    model.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]  # not copied with the model
     if checkpoint.no_tensors:
         unused = ", ".join(checkpoint.no_tensors)
         say(f"pretrained weights: their {unused} has no place in the model and is not used")
@@ -150,9 +150,9 @@ def build_with_file(build: Build, name: str, checkpoint: Checkpoint, num_classes
 def fit_kept_head(
     model: nn.Module, checkpoint: Checkpoint, model_name: str, say: Say, data: Classes, trust: Trust
 ) -> None:
-    """Bring the rows of a head that --pretrained-path has kept into the order of the data's classes, by their names.
+    """Reorder the rows of a head kept by --pretrained-path to the data's classes, by name, in place.
 
-    In place. A head of other classes stays as it is, which is said: it is a start like another.
+    A head for other classes stays as it is, as an initialisation, which `say` reports.
     """
     weights = model.state_dict()
     head = _head_in(weights, model_name)
@@ -162,21 +162,23 @@ def fit_kept_head(
         fitted = _with_head_of(weights, checkpoint, model, model_name, data, trust, say, "")
     except UserError:
         what = abbreviated(checkpoint.class_names or ["without names"])
-        say(f"note: the head of {checkpoint.path} is of other classes ({what}); it is kept as a start")
+        say(f"note: the head of {checkpoint.path} has other classes ({what}); it is kept as an initialisation")
         return
     model.load_state_dict(fitted)
 
 
 def tell_of_published_head(model_name: str, data: Classes, say: Say) -> None:
-    """Say so where --pretrained has kept a head of ImageNet's classes for others, as timm does."""
+    """Report it if --pretrained has kept a head of ImageNet's classes for other classes, as timm does."""
     cfg = timm.models.get_pretrained_cfg(model_name)
     known = published_names(data.count) if cfg and cfg.num_classes == data.count else None
     if known and data.names and positions(data.names, known) is None:
-        say(f"note: the head of {model_name} is of ImageNet's classes, not of {data.what}; it is kept as a start")
+        say(
+            f"note: the head of {model_name} has ImageNet's classes, not {data.what}'s; it is kept as an initialisation"
+        )
 
 
 def head_names(name: str) -> tuple[str, ...]:
-    """What the classifier of a model may be called in a file of weights, the likeliest first."""
+    """Possible names of a model's classifier in a weight file, the most likely first."""
     cfg = timm.models.get_pretrained_cfg(name)
     own = (cfg.classifier if cfg else None) or ()
     return (*((own,) if isinstance(own, str) else own), *HEADS)
@@ -187,11 +189,11 @@ def _whose(checkpoint: Checkpoint, *, is_ema: bool) -> str:
 
 
 def _in_factors(model: nn.Module) -> str:
-    return f", {len(ranks)} layers in factors" if (ranks := ranks_of(model)) else ""
+    return f", {len(ranks)} factorised layers" if (ranks := ranks_of(model)) else ""
 
 
 def _head_in(weights: dict[str, Tensor], model_name: str) -> list[str]:
-    """The tensors of the classifier, of both where a model has two; each has a row for each class."""
+    """Names of the classifier's tensors, of both classifiers if a model has two; each tensor has a row per class."""
     found = [f"{head}.{kind}" for head in head_names(model_name) for kind in ("weight", "up", "bias")]
     return list(dict.fromkeys(key for key in found if key in weights))
 
@@ -206,14 +208,14 @@ def _with_head_of(
     say: Say,
     advice: str,
 ) -> dict[str, Tensor]:
-    """The weights with the head's rows for the data's classes, in their order, and then the others that still fit in.
+    """The weights with the head's rows reordered: first those of the data's classes, then others that still fit.
 
-    Outputs beyond the file's rows, of --larger-head, stay as `model` has them. Raises `UserError` where the classes do
-    not fit. Without a head there is nothing to do.
+    Outputs beyond the file's rows (--larger-head) stay as in `model`. Raises `UserError` if the classes do not match.
+    Without a head the weights are unchanged.
     """
     head, own = _head_in(weights, model_name), model.state_dict()
     if not head or any(key not in own or weights[key].shape[1:] != own[key].shape[1:] for key in head):
-        return weights  # of another model, as loading will say
+        return weights  # another model's, as loading will report
     num_rows, wanted = len(weights[head[0]]), len(own[head[0]])
     names = checkpoint.class_names
     if names is None and (data.names is None or wanted > data.count) and num_rows == wanted:
@@ -233,10 +235,10 @@ def _with_head_of(
 def build_with(
     build: Build, name: str, flag: str, outputs: tuple[int | None, int], say: Say, **pretrained: Any
 ) -> nn.Module:
-    """The model that timm builds with the weights that `pretrained` names; what stays new and what goes unused is said.
+    """The model that timm builds with the weights of `pretrained`; `say` reports missing and unused tensors.
 
-    `outputs`: of the weights' head and of the model's. With a new head timm loads whatever it finds, so weights of
-    another depth would pass unnoticed: they raise `UserError`. Other errors are timm's.
+    `outputs`: number of outputs of the weights' head and of the model's. With a new head timm loads whatever it finds,
+    so weights of another depth would pass unnoticed: they raise `UserError`. Other errors are timm's.
     """
     with _recorded_loads() as loads:
         model = build(pretrained=True, **pretrained)
@@ -254,12 +256,12 @@ def build_with(
     if sum(own[key].numel() for key in missing) > 0.5 * sum(value.numel() for value in own.values()):
         raise _does_not_fit(flag, f"it lacks most layers, for example {missing[0]}")
     if missing:
-        say(f"pretrained weights: they have no {', '.join(sorted(_tops(missing)))}, which stays freshly initialised")
+        say(f"pretrained weights: they have no {', '.join(sorted(_tops(missing)))}, which stays randomly initialised")
     if unused:
         say(f"pretrained weights: their {', '.join(sorted(_tops(unused)))} has no place in the model and is not used")
     before, now = outputs
     if not before:
-        say(f"pretrained weights: they have no head, a new one of {now} classes is made")
+        say(f"pretrained weights: they have no head; the model gets a new one with {now} classes")
     elif before != now:
         say(f"pretrained weights: head of {before} classes replaced by one of {now}")
     return model
@@ -267,9 +269,9 @@ def build_with(
 
 @contextlib.contextmanager
 def _recorded_loads() -> Generator[list[Any], None, None]:
-    """Keep what `load_state_dict` answers timm, which drops it: the missing and the unexpected keys.
+    """Record what `load_state_dict` returns to timm, which drops it: the missing and the unexpected keys.
 
-    timm's own lines about them are held back, since the caller says which of them matter.
+    timm's own log lines about them are suppressed, since the caller reports those that matter.
     """
     original, answers = nn.Module.load_state_dict, list[Any]()
     log = logging.getLogger("timm.models._builder")
@@ -300,6 +302,6 @@ def _does_not_fit(flag: str, reason: str) -> UserError:
 
 
 def in_one_line(error: Exception) -> str:
-    """An error's text, cut where it is long."""
+    """An error's text in one line, cut to 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -1,4 +1,4 @@
-"""How much of the device's arithmetic a training step uses: model FLOPs, the device's peak, and their ratio, MFU."""
+"""The share of the device's peak that a training step uses: model FLOPs, peak FLOP/s, and their ratio, MFU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_vit.common.devices import cuda_path, wait_for
 
-# Dense (no sparsity) peaks of the vendors' data sheets, TFLOP/s: bf16 or float16 with float32 sums, TF32.
-# A name is looked for in torch's device name, as whole words, the longest first.
+# Dense (no sparsity) peaks from the vendors' data sheets, TFLOP/s: bf16 or float16 with float32 sums; TF32.
+# Names are searched in torch's device name as whole words, the longest first.
 _LISTED = {
     "H100 PCIe": (756.0, 378.0),
     "H100 NVL": (835.0, 417.5),
@@ -39,7 +39,7 @@ _MEASUREMENTS = 5
 
 
 class Peak(NamedTuple):
-    """The most arithmetic a device can do."""
+    """The peak arithmetic of a device."""
 
     flops_per_s: float
     name: str
@@ -47,31 +47,31 @@ class Peak(NamedTuple):
 
 
 def train_flops_per_image(model: nn.Module, img_size: int) -> float | None:
-    """FLOPs (a multiply-add is two) of one training image: three times those of the forward pass.
+    """FLOPs (a multiply-add counts as two) of one training image: three times those of the forward pass.
 
-    The backward pass takes two products for each of the forward pass (Chowdhery et al., PaLM, appendix B), and one
-    where the layer's weight is frozen; what gradient checkpointing computes again does not count. The forward pass is
-    counted by torch's FlopCounterMode on tensors without data. None where the model cannot be counted so.
+    The backward pass takes two products for each one of the forward pass (Chowdhery et al., PaLM, appendix B), or one
+    if the layer's weight is frozen; recomputation by gradient checkpointing does not count. torch's FlopCounterMode
+    counts the forward pass on tensors without data. None if the model cannot be counted this way.
     """
     try:
         by_module = _forward_flops(model, img_size)
         own = {name: dict(module.named_parameters(recurse=False)) for name, module in model.named_modules()}
         frozen = [n for n, of in own.items() if "weight" in of and not any(p.requires_grad for p in of.values())]
         return 3.0 * by_module[""] - sum(by_module.get(name, 0) for name in frozen)
-    except Exception:  # only a figure beside the training: no model may fail for want of it
+    except Exception:  # only a figure in the log: training must not fail without it
         return None
 
 
 def forward_flops_per_image(model: nn.Module, img_size: int, device: torch.device | str = "meta") -> int:
-    """FLOPs of one image's forward pass, see `train_flops_per_image`; `device`: where it is counted.
+    """FLOPs of one image's forward pass, see `train_flops_per_image`; `device`: where the pass is counted.
 
-    Raises whatever the model does there.
+    Raises whatever the model raises there.
     """
     return _forward_flops(model, img_size, device)[""]
 
 
 def _forward_flops(model: nn.Module, img_size: int, device: torch.device | str = "meta") -> dict[str, int]:
-    """By the name of the module that does them; those of the whole model by ""."""
+    """FLOPs by module name; "" is the whole model."""
     image = torch.zeros(1, 3, img_size, img_size, device=device)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     there = {name: tensor.detach().to(device) for name, tensor in tensors.items()}
@@ -82,9 +82,9 @@ def _forward_flops(model: nn.Module, img_size: int, device: torch.device | str =
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, *, tf32: bool = False) -> Peak:
-    """The vendor's figure where the device is listed, else the best of a few matrix products measured now.
+    """The vendor's figure if the device is listed, otherwise the best of a few matrix products measured now.
 
-    `dtype`: of the products; `tf32`: float32 products may use TF32. About 0.2 s on a CPU, once in a process.
+    `dtype`: of the products; `tf32`: float32 products may use TF32. Takes about 0.2 s on a CPU, once per process.
     """
     if cuda_path(device):
         found = torch.cuda.get_device_name(device)
@@ -116,12 +116,12 @@ def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def mfu(img_per_s: float, flops_per_image: float, peak: Peak, num_devices: int = 1) -> float:
-    """Model FLOPs utilisation, 0-1: arithmetic done for the model over what `num_devices` could do at their peak."""
+    """Model FLOPs utilisation, 0-1: the model's FLOP/s divided by the peak of `num_devices`."""
     return img_per_s * flops_per_image / (peak.flops_per_s * num_devices)
 
 
 def memory_gb(device: torch.device) -> float:
-    """10^9 bytes: on CUDA the most that tensors took so far, on a CPU what the process takes. No waiting."""
+    """GB (10^9 bytes): on CUDA the peak memory of tensors, on a CPU the process's resident memory. Never waits."""
     if cuda_path(device):
         return torch.cuda.max_memory_allocated(device) / 1e9
     import psutil

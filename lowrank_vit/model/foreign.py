@@ -1,4 +1,4 @@
-"""Models and tensors as other programs hand them over: wrapped, or no plain arrays of real numbers."""
+"""Models and tensors from other programs: removing wrappers, and recognising tensors that are not plain arrays."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What DDP, torch.compile, FSDP and checkpointed activations put into names; only the first two in front of all."""
+"""Parts of names added by DDP, torch.compile, FSDP and activation checkpointing; only the first two come first."""
 _OUTER = ({"module"}, {"_orig_mod"})
 """The only child of DDP, DataParallel, timm's EMA and torch's averaged model; and of torch.compile."""
 
 
 def plain_name(name: str) -> str:
-    """The name that a tensor or module has without wrappers: "module.a._orig_mod.b" -> "a.b"."""
+    """The name of a tensor or module without wrappers: "module.a._orig_mod.b" -> "a.b"."""
     return _WRAPPERS.sub("", name)
 
 
@@ -26,7 +26,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def oddity(tensor: Tensor) -> str:
-    """Why a tensor is no plain array of real numbers in memory; empty if it is one."""
+    """Why a tensor is not a plain array of real numbers in memory, as a phrase; empty if it is one."""
     if tensor.is_nested or tensor.layout is not torch.strided:
         return f"a {'nested' if tensor.is_nested else str(tensor.layout).removeprefix('torch.')} tensor"
     if tensor.is_quantized or tensor.is_complex():

@@ -1,8 +1,8 @@
 """Models in timm's hub layout, a folder with config.json and weights: `hf-hub:OWNER/NAME[@REVISION]`, `local-dir:DIR`.
 
-A model of the hub is looked up once, where a command begins. What its config.json says becomes the command's own
-options: the architecture, its arguments, and how images must look. So a run's args.yaml and checkpoints tell all that
-is needed later, when the folder has moved or there is no network.
+A hub model is looked up once, at the start of a command. The settings in its config.json become the command's own
+options: the architecture, its arguments, and the image settings. A run's args.yaml and checkpoints therefore have all
+that is needed later, even if the folder has moved or there is no network.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _FILES = (
     *(WEIGHTS, "pytorch_model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
 )
-"""What weights are called, in timm's order."""
+"""File names of weights, in timm's order."""
 _SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin")
-"""Of other names in a folder, in timm's order."""
+"""Suffixes of other weight files in a folder, in timm's order."""
 _NOT_OF_THE_MODEL = ("num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate")
-"""Arguments of the constructor that have a flag of their own, or a value that is always the same here."""
+"""Arguments of the constructor that have their own flag, or always the same value here."""
 _PAGE = re.compile(rb"<(!doctype|html|head|body|\?xml)", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OF_IMAGES = ("model-kwargs", "img-size", "crop-pct", "mean", "std")
@@ -47,45 +47,45 @@ _LEFT_OPEN = {
     "train-interpolation": "model",
     "interpolation": "",
 }
-"""Options that a model of the hub decides where they have these values."""
+"""Options that a hub model sets if they have these values."""
 D = TypeVar("D", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model as its config.json describes it."""
+    """A model as described by its config.json."""
 
     source: str
-    """hf-hub:OWNER/NAME@COMMIT, or local-dir: and an absolute path."""
+    """hf-hub:OWNER/NAME@COMMIT, or local-dir: with an absolute path."""
     architecture: str
-    """timm's name."""
+    """timm's name of the architecture."""
     cfg: PretrainedCfg
     model_args: dict[str, Any]
     """Arguments of the constructor."""
     folder: Path
-    """Where config.json lies; for a model of the hub in its local cache."""
+    """The folder of config.json; for a hub model, in its local cache."""
     class_names: list[str] | None = None
-    """Names of the first outputs, in their order."""
+    """Names of the first outputs, in order."""
 
     def flags(self, *, for_tests: bool = False) -> dict[str, Any]:
-        """What config.json says, as options: the model, its arguments, image size, crop, mean, std, interpolation.
+        """The settings of config.json as options: the model, its arguments, image size, crop, mean, std, interpolation.
 
-        `for_tests`: with the size and the crop that it has for tests. Raises `UserError` for images that are not square
-        or have other than three colours, and for what are no numbers.
+        `for_tests`: use its image size and crop for testing. Raises `UserError` for images that are not square or not
+        RGB, and for values that are not valid numbers.
         """
         args, cfg, said = self.model_args, self.cfg, f"--model {self.source}: its {CONFIG} has"
         size: Any = args.get("img_size") or (for_tests and cfg.test_input_size) or cfg.input_size
         sides = [size, size] if isinstance(size, int) else list(size)[-2:]
         channels = [args.get("in_chans", 3), *(list(cfg.input_size)[:1])]
         if any(one != 3 for one in channels):
-            raise UserError(f"{said} {max(channels)} channels of input, and images are RGB here. Choose another model.")
+            raise UserError(f"{said} {max(channels)} input channels, but images are RGB here. Choose another model.")
         crop_pct = (for_tests and cfg.test_crop_pct) or cfg.crop_pct
         numbers: dict[str, Any] = {"crop_pct": [crop_pct], "mean": cfg.mean, "std": cfg.std}
         for name, values in numbers.items():
             lowest = -math.inf if name == "mean" else 0.0
             is_right = isinstance(values, list | tuple) and len(values) in (1, 3)
             if not is_right or not all(isinstance(v, int | float) and lowest < v < math.inf for v in values):
-                raise UserError(f"{said} {name}={values}. Give another folder, or mend that file.")
+                raise UserError(f"{said} {name}={values}, which is invalid. Give another folder, or correct it.")
         found = {
             "model": self.architecture,
             "model-from": self.source,
@@ -100,7 +100,7 @@ class HubModel:
         return found
 
     def weights(self, flag: str = "--model") -> Checkpoint:
-        """Read its weights, which are fetched first if need be. Raises `UserError`."""
+        """Read the model's weights, after fetching them if needed. Raises `UserError`."""
         said = f"{flag} {self.source}"
         checkpoint = read_checkpoint(self.weight_file(said), f"{said}:")
         flags = self.flags(for_tests=True)
@@ -108,7 +108,7 @@ class HubModel:
         content = checkpoint.content | {"arch": self.architecture, "args": args}
         if self.class_names:
             content["class_names"] = self.class_names
-        if self.cfg.label_offset and not checkpoint.is_npz:  # outputs before the first class, as old weights have them
+        if self.cfg.label_offset and not checkpoint.is_npz:  # old weights have extra outputs before the first class
             heads = self.cfg.classifier or ()
             ends = {f"{head}.{kind}" for head in ([heads] if isinstance(heads, str) else heads) for kind in _PARTS}
             own: Any = content["state_dict"]
@@ -116,7 +116,7 @@ class HubModel:
         return replace(checkpoint, content=content, source=self.source)
 
     def weight_file(self, said: str = "") -> Path:
-        """Find the file of weights; one of the hub is fetched if need be. Raises `UserError` beginning with `said`."""
+        """The path of the weight file, fetched from the hub if needed. Raises `UserError` beginning with `said`."""
         said = said or f"--model {self.source}"
         own = self.cfg.hf_hub_filename
         if self.source.startswith(LOCAL):
@@ -125,7 +125,7 @@ class HubModel:
             if not there:
                 raise UserError(
                     f"{said}: there are no weights beside its {CONFIG} (expected {WEIGHTS}). Give another folder, or "
-                    "leave --pretrained out to begin with fresh weights."
+                    "leave out --pretrained to start from random weights."
                 )
             return there[0]
         unreached: UserError | None = None
@@ -133,36 +133,36 @@ class HubModel:
             try:
                 if path := _fetched(self.source.partition(":")[2], name, said):
                     return path
-            except _OutOfReach as error:  # of several names one may be in the cache
+            except _OutOfReach as error:  # another name may be in the cache
                 unreached = unreached or error
-        raise unreached or UserError(f"{said}: it has no file of weights ({WEIGHTS}). Choose another model.")
+        raise unreached or UserError(f"{said}: it has no weight file ({WEIGHTS}). Choose another model.")
 
 
 class _OutOfReach(UserError):
-    """The hub cannot be asked."""
+    """The hub cannot be reached."""
 
 
 _PARTS = ("weight", "bias")
 
 
 def source_of(name: str) -> str:
-    """The source that a name of a model begins with, hf-hub or local-dir; empty for a timm name.
+    """The prefix of a model name, hf-hub or local-dir; empty for a timm name.
 
-    Raises `UserError` for another source, and for a path or a name of the hub without one.
+    Raises `UserError` for another prefix, and for a path or a hub name without prefix.
     """
     try:
         return parse_model_name(name)[0] or ""
     except ValueError as error:
         raise UserError(
-            f"--model {name} is no name of a model. Give a timm name, {HUB}:OWNER/NAME for one of the Hugging Face "
+            f"--model {name} is not a model name. Give a timm name, {HUB}:OWNER/NAME for a model of the Hugging Face "
             f"hub, or {LOCAL}:DIR for a folder with {CONFIG} and weights."
         ) from error
 
 
 def with_source(options: D, flags: Mapping[str, Any]) -> D:
-    """A command's options with what is told of a model of the hub, see `HubModel.flags`, where they leave it open.
+    """A command's options with a hub model's settings (`HubModel.flags`) for those that were not given.
 
-    Arguments of the constructor are joined; the command's go before the model's.
+    Arguments of the constructor are joined; the command's override the model's.
     """
     now = {name: value for name, _, value in leaves(options)}
     own = parse_keywords(now["model-kwargs"], "--model-kwargs", "patch_size=2")
@@ -175,7 +175,7 @@ def with_source(options: D, flags: Mapping[str, Any]) -> D:
 
 
 def is_of(name: str, source: str) -> bool:
-    """Whether `name`, as it is typed, is the model that `source` was found for: another commit is another model."""
+    """Whether `name`, as typed, is the model of `source`; another commit is another model."""
     kind, given = parse_model_name(name)
     if kind == LOCAL or not kind:
         return kind == LOCAL and f"{LOCAL}:{_absolute(given)}" == source
@@ -186,14 +186,14 @@ def is_of(name: str, source: str) -> bool:
 
 
 def find_model(name: str, flag: str = "--model") -> HubModel:
-    """Look a model of the hub, or of a folder, up: config.json alone is read. Raises `UserError`."""
+    """Look up a model of the hub or of a folder; only config.json is read. Raises `UserError`."""
     kind, given = parse_model_name(name)
     said = f"{flag} {name}"
     if kind == HUB:
         repository, _, revision = given.partition("@")
         path = _fetched(given, CONFIG, said)
         if path is None:
-            raise UserError(f"{said}: it has no {CONFIG}, so it is no model of timm. Choose another.")
+            raise UserError(f"{said}: it has no {CONFIG}, so it is not a timm model. Choose another.")
         commit = path.parent.name if _COMMIT.fullmatch(path.parent.name) else revision
         return _described(path.parent, f"{HUB}:{repository}" + (f"@{commit}" if commit else ""), said)
     folder = _absolute(given)
@@ -204,19 +204,19 @@ def find_model(name: str, flag: str = "--model") -> HubModel:
         is_run = (folder / "args.yaml").exists()
         way = f"It is a run: `lowrank-vit export {given} --local-dir DIR` writes such a folder." if is_run else ""
         way = way or f"Give a folder with {CONFIG} and {WEIGHTS}."
-        raise UserError(f"{said}: there is no {CONFIG} in it, so it is no model of timm's. {way}")
+        raise UserError(f"{said}: it has no {CONFIG}, so it is not a timm model. {way}")
     return _described(folder, f"{LOCAL}:{folder}", said)
 
 
 def find_kept(source: str, name: str) -> HubModel:
-    """Look up what a run's --model-from names. Raises `UserError`, also where that is of another model than `name`."""
-    way = "Take model-from out of the configuration to begin with the weights that timm publishes."
+    """Look up a run's --model-from. Raises `UserError`, also if it is another model than `name`."""
+    way = "Remove model-from from the configuration to start from timm's published weights."
     try:
         found = find_model(source, "--model-from")
     except UserError as error:
         raise UserError(f"{error} {way}") from error
     if found.architecture != name.partition(".")[0]:
-        raise UserError(f"--model-from {source} is of {found.architecture}, and not of --model {name}. {way}")
+        raise UserError(f"--model-from {source} is a {found.architecture}, not --model {name}. {way}")
     return found
 
 
@@ -227,16 +227,16 @@ def _described(folder: Path, source: str, said: str) -> HubModel:
         raise UserError(f"{said}: its {CONFIG} cannot be read ({error}). Give another.") from error
     if not isinstance(content, dict) or not isinstance(content.get("architecture"), str):
         of_transformers = isinstance(content, dict) and "model_type" in content
-        why = "it is of the library transformers" if of_transformers else "it names no `architecture`"
-        raise UserError(f"{said} is no model of timm: by its {CONFIG}, {why}. Choose another.")
+        why = "is for the library transformers" if of_transformers else "names no `architecture`"
+        raise UserError(f"{said} is not a timm model: its {CONFIG} {why}. Choose another.")
     name = content["architecture"]
     if not timm.is_model(name):
         near = did_you_mean(name, timm.list_models())
         raise UserError(f"{said}: its {CONFIG} names {name}, which this version of timm does not know.{near}")
-    told: Any = content.get("pretrained_cfg", content)  # old files have all in one
+    told: Any = content.get("pretrained_cfg", content)  # old files have everything in one table
     args: Any = content.get("model_args") or {}
     if not isinstance(told, dict) or not isinstance(args, dict):
-        raise UserError(f"{said}: its {CONFIG} is damaged: pretrained_cfg and model_args are no tables there.")
+        raise UserError(f"{said}: its {CONFIG} is damaged: pretrained_cfg and model_args must be tables. Give another.")
     known = {one.name for one in fields(PretrainedCfg)} - {"url", "file", "state_dict", "hf_hub_id", "source"}
     cfg = PretrainedCfg(**{key: value for key, value in told.items() if key in known and value is not None})
     labels = content.get("label_names") or told.get("label_names") or told.get("labels")
@@ -244,7 +244,7 @@ def _described(folder: Path, source: str, said: str) -> HubModel:
 
 
 def _names(labels: Any) -> list[str] | None:
-    """Names of outputs 0, 1 and so on; None where the labels do not tell them."""
+    """Names of outputs 0, 1 and so on; None if the labels do not give them."""
     if isinstance(labels, dict):
         labels = [labels.get(str(number)) for number in range(len(labels))]
     is_list = isinstance(labels, list) and labels and all(isinstance(name, str) for name in labels)
@@ -261,7 +261,7 @@ def _absolute(given: str) -> Path:
 
 
 def _fetched(given: str, name: str, said: str) -> Path | None:
-    """A file of OWNER/NAME[@REVISION] in the local cache, fetched if need be; None where it has no such file.
+    """The cached path of a file of OWNER/NAME[@REVISION], fetched if needed; None if the repository lacks it.
 
     Raises `UserError`.
     """
@@ -276,21 +276,21 @@ def _fetched(given: str, name: str, said: str) -> Path | None:
         raise _OutOfReach(str(hub_error(error, repository, said))) from error
     except EntryNotFoundError:
         return None
-    except Exception as error:  # of the library and its HTTP client, without a common kind
+    except Exception as error:  # errors of the library and its HTTP client have no common class
         raise hub_error(error, repository, said) from error
     with path.open("rb") as file:
         begin = file.read(64).lstrip()
     if _PAGE.match(begin):
         _forget(path)
         raise _OutOfReach(
-            f"{said}: what came as its {name} is a web page, such as the login page of a network. It is not kept. "
+            f"{said}: instead of its {name} a web page was received, such as a network's login page. It was deleted. "
             "Check the network and HF_ENDPOINT, and try again."
         )
     return path
 
 
 def _forget(path: Path) -> None:
-    """Remove a file from the hub's cache, where a link stands for it."""
+    """Remove a file from the hub's cache, with the file that its link points to."""
     with suppress(OSError):
         content = path.resolve()
         path.unlink()
@@ -301,5 +301,5 @@ def _forget(path: Path) -> None:
 def hub_error(
     error: Exception, repository: str, said: str, instead: str = f"give a folder of it as {LOCAL}:DIR"
 ) -> UserError:
-    """An error of the hub in a sentence that begins with `said`, and what to do."""
+    """A hub error as a `UserError` that begins with `said` and tells what to do."""
     return UserError(f"{said}: {hub_message(repository, error, 'model', instead)}")

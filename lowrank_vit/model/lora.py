@@ -1,14 +1,14 @@
-"""LoRA: PEFT's adapters beside frozen layers of a model, the weights that they add up to, and what files tell of them.
+"""LoRA: PEFT's adapters beside frozen layers, the merged weights, and the adapters' entry in checkpoints.
 
-A layer y = W x + b of R rows and C columns becomes y = W x + b + s B (A x), with A (r, C) and B (R, r), which are
-trained, and s = alpha / r (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022). B begins at 0,
-so the model begins as it was. PEFT names the tensors NAME.base_layer.weight, NAME.base_layer.bias,
+A layer y = W x + b of R rows and C columns becomes y = W x + b + s B (A x), with trained A (r, C) and B (R, r), and
+s = alpha / r (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022). B starts at 0, so the
+model's outputs are unchanged at first. PEFT names the tensors NAME.base_layer.weight, NAME.base_layer.bias,
 NAME.lora_A.default.weight and NAME.lora_B.default.weight; without adapters they are NAME.weight and NAME.bias.
 
-An EMA averages A and B, each for itself, as it does factors. Their product is not the average of the products: it
-differs by how A and B vary together within the averaged updates, which is of second order in their steps. But it has
-rank r, so the EMA is a model with adapters like any other, and resumed, watched and merged as one. The average of the
-products would be a whole matrix of each layer, at a product a layer in each update.
+An EMA averages A and B separately, as it does with factors. Their product is not the average of the products: the
+difference comes from how A and B vary together within the averaged updates, and is of second order in their steps. But
+the product has rank r, so the EMA is a model with adapters like any other, and is resumed, monitored and merged as one.
+The average of the products would be a full matrix for each layer, and would cost a product per layer in each update.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.packages import needs
 
 KEY = "lora"
-"""Of a checkpoint's content: `Lora.content`; absent where there are no adapters."""
+"""Key in a checkpoint of `Lora.content`; absent without adapters."""
 _ADAPTER = "default"
-"""PEFT's name of the only adapters of a model."""
+"""PEFT's name for the model's only adapters."""
 _BASE, _A, _B = ".base_layer", f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"
 
 
@@ -38,11 +38,11 @@ class Lora:
     rank: int
     alpha: float
     layers: tuple[str, ...]
-    """Names of the layers that have one, in the model's order."""
+    """Names of the layers with an adapter, in the model's order."""
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by."""
+        """The factor of B A, alpha / rank."""
         return self.alpha / self.rank
 
     def content(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Lora:
 
     @classmethod
     def of_content(cls, told: Any, source: str) -> Lora:
-        """Read what `content` has made. Raises `UserError`, which begins with `source`, for anything else."""
+        """Read the output of `content`. Raises `UserError`, which begins with `source`, for anything else."""
         match told:
             case {"rank": int(rank), "alpha": int(alpha) | float(alpha), "layers": [*layers]} if (
                 rank > 0 and math.isfinite(alpha) and layers and all(isinstance(name, str) for name in layers)
@@ -59,7 +59,7 @@ class Lora:
                 return cls(rank, float(alpha), tuple(map(str, layers)))
             case _:
                 raise UserError(
-                    f"{source} is damaged: its `{KEY}` does not tell rank, alpha and layers of its adapters. Give "
+                    f"{source} is damaged: its `{KEY}` lacks the rank, alpha or layers of the adapters. Give "
                     "another checkpoint."
                 )
 
@@ -74,24 +74,24 @@ def lora_of(model: nn.Module) -> Lora | None:
 
 
 def has_adapter(layer: nn.Module) -> bool:
-    """Whether a layer is one with an adapter. PEFT is not imported for that."""
+    """Whether a layer has an adapter. PEFT is not imported for this."""
     return isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) and hasattr(layer, "base_layer")
 
 
 def require_peft() -> Any:
-    """The package PEFT. Raises `UserError` where it is missing."""
+    """The package PEFT. Raises `UserError` if it is missing."""
     return needs("peft", extra="lora", to="--lora")
 
 
 def add_adapters(model: nn.Module, lora: Lora, dropout: float = 0.0) -> None:
-    """Give layers adapters, in place, and freeze all but these and the classifier.
+    """Add adapters to layers, in place, and freeze everything but these and the classifier.
 
-    A is drawn from torch's generator (Kaiming's uniform, as PEFT does), B is 0. All else keeps its names and modes.
+    A is drawn from torch's generator (Kaiming uniform, as in PEFT), B is 0. Names and modes of other modules stay.
 
     Args:
-        model: not compiled and not wrapped.
+        model: neither compiled nor wrapped.
         lora: `layers` are Linears of the model.
-        dropout: share of a layer's inputs that A does not see while training.
+        dropout: dropout rate of A's inputs in training, 0-1.
 
     Raises:
         UserError: PEFT is missing.
@@ -102,25 +102,25 @@ def add_adapters(model: nn.Module, lora: Lora, dropout: float = 0.0) -> None:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=dropout,
-        target_modules="|".join(map(re.escape, lora.layers)),  # a text must match the whole name
+        target_modules="|".join(map(re.escape, lora.layers)),  # a string must match the whole name
     )
     peft.inject_adapter_in_model(config, model)
     for name, is_training in modes.items():
         layer: Any = model.get_submodule(name).train(is_training)
-        layer.cast_input_dtype_enabled = False  # autocast takes care of types, without a copy in float32
+        layer.cast_input_dtype_enabled = False  # autocast handles dtypes, without a float32 copy
     for parameter in (one for layer in classifiers(model).values() for one in layer.parameters()):
         parameter.requires_grad_(True)
 
 
 def classifiers(model: nn.Module) -> dict[str, nn.Module]:
-    """The last layers of a model of timm's by name, of distilled ones two."""
+    """The classifier of a timm model by name; distilled models have two."""
     found: Any = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
     layers = {id(one) for one in (found if isinstance(found, list | tuple) else (found,))}
     return {name: module for name, module in model.named_modules() if id(module) in layers}
 
 
 def effective_weight(layer: nn.Module, weight_RC: Tensor, adapters: Iterable[str]) -> Tensor | None:
-    """W, and s B A of each of these adapters, (R, C), float64; None where one is another kind than plain LoRA."""
+    """W plus s B A of each of these adapters, (R, C), float64; None if one is not plain LoRA."""
     adapted, total = cast("Any", layer), weight_RC
     others = {*getattr(layer, "lora_variant", ())}
     others |= {name for name, is_dora in getattr(layer, "use_dora", {}).items() if is_dora}
@@ -137,18 +137,18 @@ def effective_weight(layer: nn.Module, weight_RC: Tensor, adapters: Iterable[str
 
 
 def merged(weights: Mapping[str, Tensor], lora: Lora | None, source: str) -> dict[str, Tensor]:
-    """A state dict, or parameters by name, with NAME.weight = W + s B A in the place of the tensors of each adapter.
+    """A state dict, or parameters by name, with NAME.weight = W + s B A instead of the tensors of each adapter.
 
-    The sum is made in float64 and rounded once, to the type of W. Without adapters the same tensors.
+    The sum is computed in float64 and rounded once, to the dtype of W. Without adapters the tensors are unchanged.
 
     Raises:
-        UserError: adapters of which `lora` does not tell, or other ones; it begins with `source`.
+        UserError: the adapters differ from `lora`; the message begins with `source`.
     """
     if lora is None:
         if stray := next((name for name in weights if name.endswith((_A, _B))), None):
             raise UserError(
-                f"{source} has adapters ({stray}), and no `{KEY}` that tells their scale. Give the checkpoint as the "
-                "run wrote it, or one of merged weights."
+                f"{source} has adapters ({stray}) but no `{KEY}` with their scale. Give the checkpoint as the "
+                "run wrote it, or one with merged weights."
             )
         return dict(weights)
     found, bases = dict[str, Tensor](), {f"{name}{_BASE}": name for name in lora.layers}
@@ -163,7 +163,7 @@ def merged(weights: Mapping[str, Tensor], lora: Lora | None, source: str) -> dic
             lora_a, lora_b = (one for one in pair if one is not None)
             shapes = [(lora.rank, *tensor.shape[1:]), (*tensor.shape[:1], lora.rank)]
             if [tuple(lora_a.shape), tuple(lora_b.shape)] != shapes:
-                raise _does_not_fit(source, f"the adapter of {name} is not of rank {lora.rank} or of another layer")
+                raise _does_not_fit(source, f"the adapter of {name} is not of rank {lora.rank} or not of its shape")
             found[f"{name}.weight"] = _sum(tensor, lora_a, lora_b, lora.scale).to(tensor.dtype)
         elif key not in adapters:
             found[key.replace(f"{_BASE}.", ".") if base.removesuffix(_BASE) in lora.layers else key] = tensor
@@ -178,6 +178,6 @@ def _sum(weight_RC: Tensor, a_rC: Tensor, b_Rr: Tensor, scale: float) -> Tensor:
 
 def _does_not_fit(source: str, what: str) -> UserError:
     return UserError(
-        f"{source}: {what}, unlike its `{KEY}`. It is damaged, or one was changed without the other. Give another "
-        "checkpoint."
+        f"{source}: {what}, so its weights and its `{KEY}` differ. The file is damaged, or only one of them was "
+        "changed. Give another checkpoint."
     )

@@ -1,7 +1,7 @@
-"""Low-rank layers of a model: a Linear whose weight is the product of two factors, made from a file's and merged back.
+"""Factorised layers: a Linear whose weight is the product of two factors; building from a file, and merging.
 
-W (R, C) of y = W x + b is `up` (R, r) times `down` (r, C). Where the rows are P parts of R / P, each with factors of
-its own, `down` is (P r, C): part p of W is part p of `up` times part p of `down`. P is known from the shapes.
+W (R, C) of y = W x + b is `up` (R, r) times `down` (r, C). If the rows are split into P parts of R / P, each with its
+own factors, `down` is (P r, C): part p of W is part p of `up` times part p of `down`. P follows from the shapes.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch.nn import functional as F
 from lowrank_vit.common.errors import UserError
 
 UP, DOWN, WEIGHT = ".up", ".down", ".weight"
-"""How the names of the parameters end."""
+"""Endings of parameter names."""
 
 
 class LowRankLinear(nn.Module):
-    """A Linear in factors: y = up (down x) + bias, with r (R + P C) weights for R C. It has no `weight`."""
+    """A factorised Linear: y = up (down x) + bias, with r (R + P C) weights instead of R C. It has no `weight`."""
 
     up: nn.Parameter
     down: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(self, up_Rr: Tensor, down_PrC: Tensor, bias_R: Tensor | None = None) -> None:
-        """Take the tensors themselves as parameters. Raises `ValueError` for shapes that do not fit."""
+        """Use the tensors themselves as parameters. Raises `ValueError` for shapes that do not fit."""
         super().__init__()
         self.parts = parts_of(up_Rr.shape, down_PrC.shape)
         if not self.parts:
@@ -50,7 +50,7 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{parts}, {has_bias=}"
 
     def merged(self) -> nn.Linear:
-        """The Linear that it stands for; the product is made in float64 and rounded once."""
+        """The equivalent Linear; the product is computed in float64 and rounded once."""
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         layer.weight = nn.Parameter(product(self.up, self.down).to(self.up.dtype))
         if self.bias is not None:
@@ -59,7 +59,7 @@ class LowRankLinear(nn.Module):
 
 
 def parts_of(up_shape: tuple[int, ...], down_shape: tuple[int, ...]) -> int:
-    """How many parts P the rows of the product are in, by the shapes of its factors; 0 where they have no product."""
+    """The number of parts P of the product's rows, from the shapes of the factors; 0 if these have no product."""
     if len(up_shape) != 2 or len(down_shape) != 2 or min(*up_shape, *down_shape) < 1:
         return 0
     (rows, rank), stacked = up_shape, down_shape[0]
@@ -68,14 +68,14 @@ def parts_of(up_shape: tuple[int, ...], down_shape: tuple[int, ...]) -> int:
 
 
 def product(up_Rr: Tensor, down_PrC: Tensor) -> Tensor:
-    """The weight (R, C), float64: of float32 factors exact but for its sums, whatever a GPU does with float32."""
+    """The weight (R, C), float64. For float32 factors only the sums are rounded, also on a GPU with TF32."""
     parts = parts_of(up_Rr.shape, down_PrC.shape)
     up, down = up_Rr.detach().double(), down_PrC.detach().double()
     return (up.unflatten(0, (parts, -1)) @ down.unflatten(0, (parts, -1))).flatten(0, 1)
 
 
 def factor_names(weights: Mapping[str, Tensor]) -> list[str]:
-    """The modules of a state dict, or of parameters by name, that are in factors."""
+    """The names of the factorised modules in a state dict, or in parameters by name."""
     named = [
         name.removesuffix(UP) for name in weights if name.endswith(UP) and f"{name.removesuffix(UP)}{DOWN}" in weights
     ]
@@ -83,7 +83,7 @@ def factor_names(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def with_products(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, with NAME.weight in float64 in the place of NAME.up and NAME.down: what the layers stand for."""
+    """The same, but with the product NAME.weight, float64, instead of NAME.up and NAME.down."""
     found: dict[str, Tensor] = {}
     factorised = set(factor_names(weights))
     for key, tensor in weights.items():
@@ -96,43 +96,41 @@ def with_products(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The layers in factors, by name."""
+    """The factorised layers, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
 def ranks_of(model: nn.Module) -> dict[str, int]:
-    """The rank of each layer in factors, by name: what a checkpoint keeps; of each part where there are several."""
+    """The rank of each factorised layer (of each of its parts), by name; checkpoints keep this."""
     return {name: layer.rank for name, layer in low_rank_layers(model).items()}
 
 
 def merge(model: nn.Module) -> None:
-    """Make each layer in factors the Linear that it stands for, in place."""
+    """Replace each factorised layer by the equivalent Linear, in place."""
     for name, layer in low_rank_layers(model).items():
         model.set_submodule(name, layer.merged())
 
 
 def rebuild(model: nn.Module, weights: Mapping[str, Tensor], ranks: Mapping[str, int], source: str) -> None:
-    """Give the model, in place, layers in factors where `weights` has them, for these to be loaded then.
+    """Factorise the layers of a model, in place, that are factorised in `weights`, so that these can be loaded.
 
-    A layer of another shape gets factors of its own, so that loading tells how they differ; so does what has no layer
-    here. `ranks`: what the file tells of them, empty where it tells nothing, as safetensors do.
+    The factors get the shapes of the model's layer. If these differ from the file's, or the model has no such layer,
+    loading reports it. `ranks`: the file's ranks; empty if it has none, as in safetensors.
 
     Raises:
-        UserError: ranks and factors disagree; it begins with `source`.
+        UserError: ranks and factors disagree; the message begins with `source`.
     """
     names = factor_names(weights)
-    again = "It is damaged, or one was changed without the other. Give another checkpoint."
+    again = "The file is damaged, or only one of them was changed. Give another checkpoint."
     if ranks and (different := sorted(set(ranks) ^ set(names))):
-        lacks = "has no factors of" if different[0] in ranks else "tells no rank of"
-        raise UserError(
-            f"{source}: it {lacks} {different[0]}, unlike its `lowrank_ranks` and factors of others. {again}"
-        )
+        lacks = "lists a rank but has no factors" if different[0] in ranks else "has factors but lists no rank"
+        raise UserError(f"{source}: it {lacks} for {different[0]}, so its `lowrank_ranks` and weights differ. {again}")
     modules = dict(model.named_modules())
     for name in names:
         up, down = weights[f"{name}{UP}"], weights[f"{name}{DOWN}"]
         if ranks and ranks[name] != up.shape[1]:
             raise UserError(
-                f"{source}: its `lowrank_ranks` has rank {ranks[name]} for {name}, whose factors have rank "
+                f"{source}: its `lowrank_ranks` lists rank {ranks[name]} for {name}, but the factors have rank "
                 f"{up.shape[1]}. {again}"
             )
         layer, parts = modules.get(name), parts_of(up.shape, down.shape)

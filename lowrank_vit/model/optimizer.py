@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule: timm's factories, and timm's rule for a learning rate that was not given."""
+"""Optimizer and learning-rate schedule from timm's factories, and timm's rule for the default learning rate."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lowrank_vit.config.options import Optim
 
 
 def learning_rate(optim: Optim, global_batch: int) -> tuple[float, str]:
-    """The peak learning rate and where it comes from, in words.
+    """The peak learning rate, and a phrase that tells where it comes from.
 
-    `--lr` stands as given. Without it: lr_base * r, or lr_base * sqrt(r) for optimizers named ada* or lamb, with
+    `--lr` is used as given. Without it: lr_base * r, or lr_base * sqrt(r) for optimizers named ada* or lamb, with
     r = global_batch / lr_base_size (timm's train.py).
     """
     if optim.lr is not None:
@@ -38,9 +38,9 @@ def learning_rate(optim: Optim, global_batch: int) -> tuple[float, str]:
 
 
 FUSED = {"adam", "adamw", "sgd", "momentum"}
-"""timm's names of torch optimizers with a fused step: one kernel, or one loop, over all parameters."""
+"""timm's names of torch optimizers with a fused step: one kernel or loop over all parameters."""
 _LOOKAHEAD = "lookahead_"
-"""What timm takes before the name of any optimizer."""
+"""timm's prefix for Lookahead around any optimizer."""
 _FLAG_OF = {
     "lr": "lr",
     "weight_decay": "weight-decay",
@@ -52,13 +52,13 @@ _FLAG_OF = {
     "layer_decay_min_scale": "layer-decay-min-scale",
     "layer_decay_no_opt_scale": "layer-decay-no-opt-scale",
 }
-"""Arguments of timm's factory that have a flag of their own."""
+"""Arguments of timm's factory that have their own flag."""
 
 
 def check_optimizer(optim: Optim) -> None:
-    """Raise `UserError` for an optimizer that cannot be made with these options, whatever the model is."""
+    """Raise `UserError` if these options do not make an optimizer, for any model."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an optimizer's own are said when it is made for the model
+        warnings.simplefilter("ignore")  # its warnings appear when it is made for the model
         model = nn.Linear(2, 2)
         optimizer = create_optimizer(replace(optim, layer_decay=None), model, optim.lr or optim.lr_base)
         if optim.opt_betas is None:
@@ -66,16 +66,17 @@ def check_optimizer(optim: Optim) -> None:
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         try:
-            optimizer.step()  # how many betas there are is looked at here alone
+            optimizer.step()  # the number of betas is only checked here
         except (ValueError, TypeError, IndexError) as error:
             betas = " ".join(f"{beta:g}" for beta in optim.opt_betas)
-            raise UserError(
-                f"--opt-betas {betas} are not those of --opt {optim.opt}, which takes another number of them."
-            ) from error
+            raise UserError(f"--opt-betas {betas}: --opt {optim.opt} takes another number of betas.") from error
 
 
 def create_optimizer(optim: Optim, model: nn.Module, lr: float) -> Optimizer:
-    """Timm's optimizer with its parameter groups: layer decay, and no weight decay on vectors and embeddings."""
+    """Timm's optimizer with its parameter groups: layer decay, and no weight decay on vectors and embeddings.
+
+    Raises `UserError` for an unknown optimizer, or options that it does not take.
+    """
     names = [str(name) for name in timm.optim.list_optimizers()]
     name = optim.opt.lower()
     if name.removeprefix(_LOOKAHEAD) not in names:
@@ -91,7 +92,7 @@ def create_optimizer(optim: Optim, model: nn.Module, lr: float) -> Optimizer:
         extra |= {"fallback_list": not_for_muon(model), "fallback_no_weight_decay": True}
     extra |= _own_arguments(optim)
     if optim.layer_decay is not None and not hasattr(model, "group_matcher"):
-        raise UserError("--layer-decay needs a model with layer groups, which this one lacks. Leave it out.")
+        raise UserError("--layer-decay needs a model with layer groups, and this one has none. Leave it out.")
     try:
         return timm.optim.create_optimizer_v2(
             model,
@@ -107,12 +108,12 @@ def create_optimizer(optim: Optim, model: nn.Module, lr: float) -> Optimizer:
     except (TypeError, ValueError, ImportError, RuntimeError, AssertionError, LookupError) as error:
         raise UserError(
             f"--opt {optim.opt} cannot be made: {' '.join(str(error).split())}. Check --opt-eps, --opt-betas and "
-            "--opt-kwargs; an optimizer of another package needs that package."
+            "--opt-kwargs. An optimizer from another package needs that package installed."
         ) from error
 
 
 def not_for_muon(model: nn.Module) -> list[str]:
-    """Timm's patterns for the parameters of the patch embedding, or first layer, and of the classifier.
+    """Timm's name patterns for the parameters of the patch embedding, or first layer, and of the classifier.
 
     Muon is for the matrices between: "embeddings and classifier heads ... should be optimized by a standard method such
     as AdamW" (Jordan, kellerjordan.github.io/posts/muon; likewise for the first convolution of a network). Position
@@ -126,7 +127,7 @@ def not_for_muon(model: nn.Module) -> list[str]:
 
 
 def _own_arguments(optim: Optim) -> dict[str, Any]:
-    """Read --opt-kwargs. Raises `UserError` for one that has a flag."""
+    """Read --opt-kwargs. Raises `UserError` for an argument that has its own flag."""
     arguments = parse_keywords(optim.opt_kwargs, "--opt-kwargs", "nesterov=True")
     for name, value in arguments.items():
         if name in _FLAG_OF:
@@ -135,7 +136,7 @@ def _own_arguments(optim: Optim) -> dict[str, Any]:
 
 
 class Constant:
-    """timm's schedule "none", for which its factory gives nothing: learning rates stay as the optimizer has them."""
+    """timm's schedule "none", for which its factory returns None: learning rates stay constant."""
 
     def step(self, epoch: int, metric: float | None = None) -> None:
         """Do nothing."""
@@ -145,16 +146,16 @@ class Constant:
 
 
 def epochs_in_all(optim: Optim, updates_per_epoch: int) -> int:
-    """Epochs to run, as `create_scheduler` tells them, before there is a model. Raises `UserError` as it does."""
+    """The number of epochs to run, as from `create_scheduler`, but without a model. Raises the same `UserError`."""
     return create_scheduler(optim, torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0), max(1, updates_per_epoch))[1]
 
 
 def create_scheduler(
     optim: Optim, optimizer: Optimizer, updates_per_epoch: int, seed: int = 42
 ) -> tuple[Scheduler | Constant, int]:
-    """Timm's schedule and the number of epochs to run, with what --warmup-prefix, cycles and cool-down add.
+    """Timm's schedule and the number of epochs to run, including those that warm-up, cycles and cool-down add.
 
-    `seed`: of --lr-noise, whose draws depend on it and on the epoch (or update) alone. Raises `UserError` for phases
+    `seed`: for --lr-noise, whose draws depend only on it and on the epoch (or update). Raises `UserError` for phases
     that do not fit into the epochs.
     """
     try:

@@ -1,4 +1,4 @@
-"""The patch embedding as a matrix product, from the weight of timm's convolution as it is."""
+"""The patch embedding as a matrix product, with the weight of timm's convolution."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 
 class PatchProduct(nn.Conv2d):
-    """A convolution over patches that do not overlap; in training it is one matrix product of the patches' pixels.
+    """A convolution over patches that do not overlap, computed in training as one matrix product.
 
-    Weight and bias are the convolution's, (D, C, P, Q) and (D,), so whatever knows them by name finds them. A patch's
-    pixels are taken by row, column and channel, as channels_last weights lie in memory: those are not copied. Images
-    are, once, in one pass with whatever torch.compile finds before it. In evaluation it is the convolution, so scores
-    are the bits of timm's model.
+    Weight and bias are the convolution's, (D, C, P, Q) and (D,), so their names stay the same. A patch's pixels are
+    taken by row, column and channel, which is the memory order of channels_last weights, so weights are not copied.
+    Images are copied once, in one pass with whatever torch.compile fuses before it. In evaluation the layer is the
+    convolution, so scores are bit-identical to timm's.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class PatchProduct(nn.Conv2d):
 
 
 def set_patch_embedding(model: nn.Module, *, as_product: bool) -> bool:
-    """Make the model's patch embedding a `PatchProduct` or timm's convolution, in place; whether it is a product now.
+    """Make the patch embedding a `PatchProduct` or timm's convolution, in place; returns whether it is a product now.
 
     Its parameters stay the same objects. Only timm's plain `PatchEmbed` is changed: stems of several layers, patches
     that overlap, other classes and convolutions with hooks are left as they are.
@@ -47,7 +47,7 @@ def set_patch_embedding(model: nn.Module, *, as_product: bool) -> bool:
 
 
 def patch_of_product(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width of the patches, where the model's embedding is a `PatchProduct` that trains; else None."""
+    """Height and width of the patches if the model's embedding is a `PatchProduct` in training mode, otherwise None."""
     layer = getattr(getattr(model, "patch_embed", None), "proj", None)
     if not isinstance(layer, PatchProduct) or not layer.training:
         return None

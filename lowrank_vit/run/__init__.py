@@ -1,1 +1,1 @@
-"""The run directory, and all that is written or shown while training."""
+"""The run directory, and everything that is written or shown during training."""

@@ -1,4 +1,4 @@
-"""Checkpoints: when one is due, under which names, and the thread that writes it while training goes on."""
+"""Checkpoints: when one is due, its file names, and the thread that writes it during training."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from lowrank_vit.score.evaluate import Scores
 
 BEST = "model_best.pth.tar"
 IS_FINITE = "is_finite"
-"""Key of a checkpoint's content: () bool, whether the run was still sound. Files never hold False."""
+"""Key in a checkpoint: a bool tensor (), whether the run was still finite. Files never have False."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """A file that a checkpoint needs beside it, in a folder of the run directory; older ones of its kind then go."""
+    """A file that a checkpoint needs beside it, in a folder of the run directory; replaces older ones of its kind."""
 
     folder: str
     name: str
-    """KIND_NUMBER.SUFFIX; a file of that name has this content already."""
+    """KIND_NUMBER.SUFFIX; an existing file of that name has the same content."""
     content: dict[str, Any]
-    """Tensors in it never change, so they are not copied."""
+    """Its tensors never change, so they are not copied."""
 
 
 class Checkpoints:
-    """Saves the run's state in the background. Every rank has one, since capturing takes them all; the first writes.
+    """Saves the run's state in the background. Every rank has one, since all take part in capturing; the first writes.
 
-    `state.best` tells of no file that is not there: where one could not be written, the best epoch and the kept ones
-    are again those whose files are there, so that a later one may take their place.
+    `state.best` never refers to a missing file: if one could not be written, the best epoch and the kept ones are again
+    those with files, so that a later epoch may replace them.
 
-    Use it as a context manager; on the way out of an error it waits for the writer and says nothing of its failures.
-    After a second Ctrl-C it does not wait: what is being written stays as it was.
+    Use it as a context manager. After an error it waits for the writer and does not raise its failures. After a second
+    Ctrl-C it does not wait: the file being written keeps its old content.
     """
 
     def __init__(
@@ -57,31 +57,31 @@ class Checkpoints:
         writer: CheckpointWriter | None,
         beside: Callable[[], Beside | None] = lambda: None,
     ) -> None:
-        """`capture` makes a checkpoint's content of the run as it is; every rank calls it. A new interval begins now.
+        """`capture` returns the content of a checkpoint of now; all ranks call it. The first interval begins now.
 
-        `beside` makes what is written beside a checkpoint of now. `writer` None: this rank does not write.
+        `beside` returns the file to write beside a checkpoint of now. `writer` None: this rank does not write.
         """
         self._options, self._state, self._capture = options, state, capture
         self._writer, self._beside = writer, beside
         self._updates, self._seconds = parse_interval(options.checkpoint_interval)
         self._saved_at = time.monotonic()
         self._before = BestEpochs()
-        """Before the last validation was counted in."""
+        """The best epochs before the last validation was added."""
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not issubclass(kind, KeyboardInterrupt):
-            with contextlib.suppress(UserError):  # said already
+            with contextlib.suppress(UserError):  # already reported
                 self.finish()
 
     def _is_due(self, *, is_logged: bool) -> bool:
-        """Whether to save between two validations; every rank must come to the same answer.
+        """Whether to save between two validations; all ranks must get the same answer.
 
-        `is_logged`: nothing is in the step's meter, whose sums are then common to all ranks.
+        `is_logged`: the step's meter was just read, so its sums are the same on all ranks.
         """
-        # By the clock only where that is so, since the ranks' clocks differ.
+        # Only then by time, since the ranks' clocks differ.
         by_time = bool(self._seconds) and is_logged and time.monotonic() - self._saved_at >= self._seconds
         by_updates = bool(self._updates) and self._state.position.num_updates % self._updates == 0
         return by_time or by_updates
@@ -92,7 +92,7 @@ class Checkpoints:
             self.save(may_skip=True)
 
     def save_epoch(self, epoch: int, scores: dict[str, Scores]) -> None:
-        """Save when `epoch` has ended; `scores` by prefix of the metric's name, none where it was not validated."""
+        """Save at the end of `epoch`; `scores` by prefix of the metric's name, empty if it was not validated."""
         self._settle()
         names, obsolete = (LAST,), []
         if scores:
@@ -101,14 +101,14 @@ class Checkpoints:
             num_kept = self._options.checkpoint_hist
             counted = self._before.after_validation(epoch, known, lower_is_better=is_loss, num_kept=num_kept)
             self._state.best, is_best, dropped = counted
-            # `last` last: it remembers the best score, and a resumed run would not write that again.
+            # `last` comes last: it contains the best score, so a resumed run would not write the best file again.
             best = (BEST,) if is_best else ()
             names = (*best, *(() if epoch in dropped else (_kept_name(epoch),)), LAST)
             obsolete = [_kept_name(one) for one in dropped if one != epoch]
         self.save(names, tuple(obsolete))
 
     def save(self, names: tuple[str, ...] = (LAST,), obsolete: tuple[str, ...] = (), *, may_skip: bool = False) -> None:
-        """Save the state; with `may_skip` not while the checkpoint before is still being written: that would stall."""
+        """Save the state. With `may_skip`, skip it while the previous checkpoint is still being written."""
         is_skipped = may_skip and self._writer is not None and self._writer.is_busy
         if not is_skipped:
             self._settle()
@@ -125,7 +125,7 @@ class Checkpoints:
             self._writer.close()
 
     def _settle(self) -> None:
-        """Wait for the checkpoint before, and leave out of `state.best` what could not be written."""
+        """Wait for the previous checkpoint, and remove from `state.best` the files that could not be written."""
         lost, before = self._writer.settle() if self._writer else [], self._before
         if BEST in lost:
             best = {"best_metric": before.best_metric, "best_scores": before.best_scores}
@@ -145,26 +145,26 @@ def _kept_name(epoch: int) -> str:
 @dataclass
 class _Job:
     content: dict[str, Any]
-    """Emptied when the device's copies are fetched, so that their memory is free while the disk is at work."""
+    """Emptied when the device's copies are fetched, so that their memory is free during writing."""
     ready: Mark
     """The copies on the device are complete once this is reached."""
     names: list[str]
-    """Names that are still to be written."""
+    """File names still to be written."""
     obsolete: tuple[str, ...]
     beside: Beside | None
 
 
 class Diverged(UserError):
-    """A state that is not finite: nothing that may take the place of one that was."""
+    """The state is not finite, so it must not replace a finite one."""
 
 
 class CheckpointWriter:
-    """Copies a run's state at once and writes it behind the run's back, one file at a time, each whole or not at all.
+    """Copies a run's state at once and writes it in the background, one file at a time, each atomically.
 
-    What cannot be written (a full disk) leaves the older file as it is, is said once until it can be again, and does
-    not stop the run; only if the last one fails does `close` raise `UserError`. A state that is not finite is refused:
-    the older files are what such a run is worth. On CUDA the copy stays on the device until the thread fetches it, so
-    it takes as much memory there as the state itself, for a short time.
+    If a file cannot be written (a full disk), the older file stays, the failure is reported once until writing works
+    again, and the run continues; `close` raises `UserError` only if the last checkpoint fails. A state that is not
+    finite is refused, to keep the older files. On CUDA the copy stays on the device until the thread fetches it, so for
+    a short time it takes as much memory there as the state itself.
     """
 
     def __init__(self, folder: Path, device: torch.device, say: Callable[[str], object]) -> None:
@@ -188,9 +188,9 @@ class CheckpointWriter:
         obsolete: tuple[str, ...] = (),
         beside: Beside | None = None,
     ) -> None:
-        """Copy `content` and write it under `names`, in that order, behind `beside`; then delete the `obsolete` files.
+        """Copy `content`; write `beside`, then `content` under `names` in order; then delete the `obsolete` files.
 
-        Waits only where an older one is still being written, lest copies pile up.
+        Waits if an older one is still being written, so that copies do not pile up.
         """
         self._jobs.wait()
         copy = _copied(content)
@@ -198,13 +198,13 @@ class CheckpointWriter:
         self._jobs.put(_Job(copy, ready, list(names), obsolete, beside))
 
     def settle(self) -> list[str]:
-        """Wait until nothing is being written; the names that could not be written since the last call."""
+        """Wait until nothing is being written; returns the names that could not be written since the last call."""
         self._jobs.wait()
         lost, self._lost = self._lost, []
         return lost
 
     def close(self) -> None:
-        """Wait until all is written. Raises `UserError` if the newest checkpoint could not be. Idempotent."""
+        """Wait until everything is written. Raises `UserError` if the latest checkpoint failed. Idempotent."""
         self._jobs.close()
         self._failures.tell()
         if self._failure:
@@ -216,7 +216,7 @@ class CheckpointWriter:
         self._failures.is_over()
 
     def _note(self, job: _Job, error: Exception) -> None:
-        if not isinstance(error, UserError):  # whatever it is, it must reach the user
+        if not isinstance(error, UserError):  # any error must reach the user
             error = UserError(f"A checkpoint could not be written: {type(error).__name__}: {error}")
         if not isinstance(error, Diverged):
             self._failures.note(f"{error} Training goes on.")
@@ -234,8 +234,8 @@ class CheckpointWriter:
         if not content.get(IS_FINITE, True):
             last = self._folder / LAST
             raise Diverged(
-                "The run has diverged: its loss or its weights are not finite. That state is not saved; "
-                f"{last} {'is the one before' if last.exists() else 'does not exist yet'}. "
+                "The run has diverged: its loss or its weights are not finite. This state is not saved; "
+                f"{last} {'has the state before' if last.exists() else 'does not exist yet'}. "
                 "Try a smaller --lr, a longer --warmup-epochs or --clip-grad 1."
             )
         first = self._folder / job.names[0]
@@ -269,29 +269,29 @@ class CheckpointWriter:
         return _mapped(content, lambda tensor: tensor.cpu()) if cuda_path(self._device) else content
 
     def _write_beside(self, beside: Beside) -> None:
-        """What cannot be written is missed only after an interruption: not a reason to do without the checkpoint."""
+        """Write the file beside; a failure only matters after an interruption, and does not stop the checkpoint."""
         path = self._folder / beside.folder / beside.name
         try:
             if path.exists():
                 return
-            with on_stream(self._stream):  # which has waited for all that was enqueued before the checkpoint
+            with on_stream(self._stream):  # it has waited for all work queued before the checkpoint
                 content = self._on_host(beside.content)
             write_checkpoint(path, content)
-        except Exception as error:  # whatever it is: the checkpoint matters more
+        except Exception as error:  # any error: the checkpoint matters more
             if not self._has_missed:
                 cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
                 reason = str(getattr(cause, "strerror", None) or cause)
                 if isinstance(cause, FileExistsError | NotADirectoryError):
                     reason = f"{path.parent} is a file: move it away"
                 self._say(
-                    f"warning: what the spectral monitor needs after an interruption could not be kept in "
+                    f"warning: the spectral monitor's state, needed after an interruption, could not be written to "
                     f"{path.parent} ({reason}); checkpoints are not affected"
                 )
             self._has_missed = True
 
 
 def _copied(value: Any) -> Any:
-    """Copy every tensor where it is: training goes on changing the originals."""
+    """Copy every tensor on its device, since training changes the originals."""
     return _mapped(value, lambda tensor: tensor.detach().clone())
 
 
@@ -311,7 +311,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         with whole_file(path, through_link=False) as file:
             torch.save(content, file)
     except OSError as error:
-        kept = f"The older {path.name} is kept." if path.exists() else "Nothing is left under that name."
+        kept = f"The older {path.name} is kept." if path.exists() else "There is no file of that name."
         raise UserError(
             f"Checkpoint {path} cannot be written: {error.strerror or error}. {kept} Free disk space, then resume."
         ) from error

@@ -1,7 +1,7 @@
-"""What a bug report needs of a machine and an installation, line by line; no line's failure takes another one away.
+"""Facts about a machine and an installation for a bug report, line by line; each line can fail on its own.
 
-Nothing is imported before the line that needs it, torch neither. Nothing is told of who works there: home directory,
-folders, user and host are left out of every line.
+Each import, also of torch, happens in the line that needs it. Lines contain nothing about the user: home directory,
+folders, user and host are removed from every line.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ Page = dict[str, dict[str, str]]
 """Lines by section and name."""
 Lines = Iterator[tuple[str, Callable[[], str]]]
 TIMEOUT_S = 20.0
-"""A line that takes longer, such as one about a file system that does not answer, says so."""
+"""Time limit for a line, such as one about a file system that does not answer."""
 _OF_WORK = ("dev", "docs", "all")
 _OTHER_PATHS = (
     re.compile(r"(?<=')/(?:[^'/\n]+/)+(?=[^'\n]*')"),
     re.compile(r'(?<=")/(?:[^"/\n]+/)+(?=[^"\n]*")'),
     re.compile(r"(?<![\w.~])(?<!:/)/(?:[^\s/:;'\"]+(?: [^\s/:;'\"]+)*/)+"),
 )
-"""Folders of an absolute path: in quotation marks whatever they are called, else with single blanks in their names."""
+"""Folders of an absolute path: with any names inside quotation marks, otherwise with single spaces in names."""
 _TOLD = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "NUMBA_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "WANDB_MODE")
-"""Variables of the environment that change what a run does and name nobody."""
+"""Environment variables that affect a run and contain nothing personal."""
 
 
 def diagnosis(output: Path, data_dir: Path) -> Page:
-    """All lines. `output` and `data_dir` need not exist: then the nearest folder above is looked at.
+    """All lines. If `output` or `data_dir` does not exist, the nearest existing parent folder is examined.
 
-    A process whose working directory was removed works in / afterwards: torch's libraries end one that has none.
+    If the working directory was removed, the process changes to /, since torch's libraries abort without one.
     """
     was_in = _lost_folder()
     if was_in:
@@ -69,15 +69,15 @@ def diagnosis(output: Path, data_dir: Path) -> Page:
         try:
             for name, look in lines():
                 entries[name] = hide(_told(look))
-        except Exception as error:  # what the lines are cannot be found out
+        except Exception as error:  # the list of lines itself failed
             entries["and more"] = hide(_failed(error))
     if was_in:
-        page["machine"]["working directory"] = "it is not there any more"
+        page["machine"]["working directory"] = "it does not exist any more"
     return page
 
 
 def _lost_folder() -> Path | None:
-    """The working directory if it was removed, as the shell has called it; None while it is there."""
+    """The shell's name of the working directory if it was removed; None if it exists."""
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -86,13 +86,13 @@ def _lost_folder() -> Path | None:
 
 
 def _told(look: Callable[[], str]) -> str:
-    """What a line has to say: its text, why it failed, or that it takes too long."""
+    """The text of a line, or why it failed, or that it took too long."""
     found = list[str]()
 
     def work() -> None:
         try:
             found.append(look())
-        except BaseException as error:  # whatever a library does while it is looked at
+        except BaseException as error:  # a library may do anything
             found.append(_failed(error))
 
     _do_in_time([work])
@@ -100,7 +100,7 @@ def _told(look: Callable[[], str]) -> str:
 
 
 def _do_in_time(works: Iterable[Callable[[], None]]) -> None:
-    """Do all at once; what takes longer than `TIMEOUT_S` is left alone, since nothing can end it."""
+    """Do all at once; work that takes longer than `TIMEOUT_S` is abandoned, since it cannot be stopped."""
     threads = [threading.Thread(target=work, daemon=True) for work in works]
     end = time.monotonic() + TIMEOUT_S
     for thread in threads:
@@ -114,7 +114,7 @@ def _failed(error: BaseException) -> str:
 
 
 class _Hider:
-    """Leaves out of a text what a bug report shows to everyone: folders, user, host, keys."""
+    """Removes folders, user, host and keys from a text, since a bug report is public."""
 
     def __init__(self, *given: Path) -> None:
         self._paths: list[tuple[str, str]] = []
@@ -134,8 +134,8 @@ class _Hider:
         self._who = re.compile(rf"(?<!\w)(?:{names})(?!\w)" if names else "(?!)")
 
     def _find_place(self, place: Callable[[], object], short: str) -> None:
-        """Note a folder as it is called and as it is without links, as far as that can be found out."""
-        with contextlib.suppress(OSError, RuntimeError):  # it is gone, or there is no home
+        """Note the name of a folder, as given and with links resolved, as far as possible."""
+        with contextlib.suppress(OSError, RuntimeError):  # it does not exist, or there is no home
             path = Path(str(place())).absolute()
             self._paths.append((str(path), short))
             self._paths.append((str(path.resolve()), short))
@@ -149,7 +149,7 @@ class _Hider:
     def __call__(self, text: str) -> str:
         for path, short in self._places:
             text = text.replace(path, short)
-        for pattern in _OTHER_PATHS:  # of any other absolute path its last part
+        for pattern in _OTHER_PATHS:  # keep only the last part of any other absolute path
             text = pattern.sub(".../", text)
         return re.sub(r"(://)[^/\s@]+@", r"\1", self._who.sub("...", text))
 
@@ -187,7 +187,7 @@ def _of_extra(extra: str, names: list[str]) -> str:
 
 
 def _requirements() -> dict[str, list[str]]:
-    """The packages of the base, under "", and of each extra; in a source tree as its pyproject.toml has them."""
+    """The required packages, under "", and those of each extra; in a source tree from its pyproject.toml."""
     found: dict[str, list[str]] = {"": []}
     lines = _requirements_of_sources() or metadata.requires(SCRIPT) or []
     own = dict[str, list[str]]()
@@ -269,7 +269,7 @@ def _driver() -> str:
     if shutil.which(query[0]) is None:
         return "none (no nvidia-smi)"
     done = subprocess.run(query, capture_output=True, text=True, timeout=TIMEOUT_S / 2, check=False)
-    return done.stdout.partition("\n")[0].strip() or f"nvidia-smi fails: {(done.stderr or 'no word')[:200]}"
+    return done.stdout.partition("\n")[0].strip() or f"nvidia-smi fails: {(done.stderr or 'no message')[:200]}"
 
 
 def _devices() -> str:
@@ -297,7 +297,7 @@ def _files(folder: Path) -> Lines:
 
 
 def _there(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """The folder, or its nearest existing parent."""
     there = folder.absolute()
     while not there.is_dir() and there != there.parent:
         there = there.parent
@@ -330,7 +330,7 @@ def _locks(folder: Path) -> str:
 
 
 def _mappings(folder: Path) -> str:
-    """How a file there can be mapped: one that is there, else one that is written for it."""
+    """How files in the folder can be mapped: tried with a new file, otherwise with an existing one."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".lowrank-vit-doctor-", dir=folder))
@@ -340,13 +340,13 @@ def _mappings(folder: Path) -> str:
         except OSError:
             path = next((one for one in sorted(folder.iterdir()) if one.is_file() and one.stat().st_size), None)
             if path is None:
-                return "not tried: nothing to read there, and it cannot be written"
+                return "not tried: the folder has no file to read and cannot be written"
         reading = stack.enter_context(path.open("rb"))
         for kind, flag in (("shared", mmap.MAP_SHARED), ("private", mmap.MAP_PRIVATE)):
             with contextlib.suppress(OSError):
                 mmap.mmap(reading.fileno(), 0, flags=flag, prot=mmap.PROT_READ).close()
                 return kind
-    return "none: files there cannot be mapped, so .beton files neither"
+    return "none: files there cannot be mapped, and neither can .beton files"
 
 
 def _auto(data_dir: Path) -> Lines:
@@ -379,7 +379,7 @@ def _workers() -> str:
 
 
 def _loader(data_dir: Path) -> str:
-    """By the rules of `choose_backend`, without its measurement, which writes beside the set."""
+    """The loader by the rules of `choose_backend`, without its measurement, which writes beside the set."""
     from lowrank_vit.common.devices import cuda_path, pick_device
     from lowrank_vit.data.choose import RESIDENT_SHARE, memory_bytes, why_not_resident
     from lowrank_vit.data.decode.dali import why_no_dali

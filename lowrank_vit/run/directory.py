@@ -1,4 +1,4 @@
-"""The run directory: made once, owned by one process at a time, and able to tell how it came about."""
+"""The run directory: created once, owned by one process at a time, with a record of its environment."""
 
 from __future__ import annotations
 
@@ -31,36 +31,35 @@ PACKAGES = (
     *("torch", "torchvision", "timm", "ffcv", "nvidia-dali-cuda130", "spdl", "numba", "numpy", "pillow"),
     *("scikit-image", "scikit-learn", "wandb", "tensorboard", "trackio", "mlflow"),
 )
-"""Packages whose versions are noted: what computes, decodes, carries the benches' photographs, and follows numbers."""
+"""Packages whose versions are recorded: for computing, decoding, the benches' photographs, and trackers."""
 
 
 LAST = "last.pth.tar"
 _LATEST = "latest"
-"""The link to the newest run, beside it."""
+"""Name of the link to the latest run, beside it."""
 _EPOCHS_UNSAVED = 2
-"""Epochs whose scores may be there while the first checkpoint is being written: the next one waits for that."""
+"""Epochs whose scores may be logged before the first checkpoint is written; the next checkpoint waits for it."""
 _BEFORE_A_CHECKPOINT = {
     *(LOCK, SOFT_LOCK, ".launch", "args.yaml", "environment.json", "metrics.jsonl", "summary.csv", "spectra"),
     *("report", "report.html", "wandb", "tensorboard", "mlflow"),
 }
-"""What a run may have left when it has not yet saved anything."""
+"""Files that a run may leave before its first checkpoint."""
 
 
 class RunDir:
     """A directory under `--output`, locked while its process lives."""
 
     def __init__(self, path: Path, lock: FolderLock | None) -> None:
-        """`lock` None: the directory of another process, which this one only knows."""
+        """`lock` None: the directory belongs to another process."""
         self.path = path
         self._lock = lock
 
     @classmethod
     def create(cls, output: Path, experiment: str, default_name: str) -> RunDir:
-        """Make `output/experiment`, or a new timed name. Raises `UserError` if that directory already holds a run.
+        """Make `output/experiment`, or a folder named by the time. Raises `UserError` if that directory has a run.
 
-        So for the name of the link to the newest run.
-
-        What an attempt that ended before its first checkpoint has left there is removed, and a line says so.
+        Also raises `UserError` for the name of the link to the latest run. Files of an attempt that ended before its
+        first checkpoint are removed, and a line reports it.
         """
         if experiment:
             path = output / experiment
@@ -75,19 +74,19 @@ class RunDir:
             ) from error
         run_dir = cls(path, _lock(path))
         try:
-            is_used = _holds_an_attempt(path)  # looked at under the lock, lest another process begins meanwhile
+            is_used = _holds_an_attempt(path)  # checked under the lock, so that no other process can start meanwhile
         except UserError:
             run_dir.close()
             raise
         if is_used:
-            terminal.say(f"note: {path} holds an attempt that ended before its first checkpoint; it begins anew")
+            terminal.say(f"note: {path} has an attempt that ended before its first checkpoint; the run starts anew")
             run_dir.forget()
         run_dir._link_latest()
         return run_dir
 
     @staticmethod
     def require_free(output: Path, experiment: str) -> None:
-        """Raise `UserError` where `create` would, as far as that is known now. Without a name a free one is found."""
+        """Raise `UserError` if `create` would, as far as known now. Without `experiment` a free name is used."""
         path = output / experiment
         if experiment:
             _refuse_name_of_link(path)
@@ -101,7 +100,7 @@ class RunDir:
 
     @classmethod
     def reopen(cls, path: Path) -> RunDir:
-        """Own an existing run directory, to continue it. Raises `UserError` while another process does."""
+        """Own an existing run directory, to continue it. Raises `UserError` while another process owns it."""
         run_dir = cls(path, _lock(path))
         run_dir._remove_unfinished()
         return run_dir
@@ -114,16 +113,16 @@ class RunDir:
         symbolic_link(latest, self.path.name, is_folder=True)  # a convenience only
 
     def write_text(self, name: str, text: str, say: Callable[[str], object] = terminal.say) -> None:
-        """Write a small file atomically; `say` is told where that cannot be, which is no reason to end."""
+        """Write a small file atomically; a failure is only reported by `say`."""
         try:
             write_whole(self.path / name, text, through_link=False)
         except OSError as error:
             say(f"warning: {self.path / name} cannot be written ({error.strerror}). Training goes on.")
 
     def forget(self) -> None:
-        """Remove the records of an attempt that was ended before its first checkpoint, and what was made of them.
+        """Remove the records of an attempt that ended before its first checkpoint, and files made from them.
 
-        Folders may be links, and hold other files, too, which stay. Raises `UserError` where the records cannot go.
+        Folders may be links and have other files, which stay. Raises `UserError` if records cannot be removed.
         """
         with writing(self.path, "Choose another --experiment."):
             for name in ("metrics.jsonl", "summary.csv", "report.html"):
@@ -151,35 +150,35 @@ class RunDir:
 
 
 def _holds_an_attempt(path: Path) -> bool:
-    """Whether a run directory holds what a run leaves before its first checkpoint.
+    """Whether a run directory has files that a run leaves before its first checkpoint.
 
-    Raises `UserError` where it holds a checkpoint, the scores of an epoch, or files that are no run's.
+    Raises `UserError` if it has a checkpoint, scores of an epoch, or files that are not a run's.
     """
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
     if checkpoints := sorted(name for name in names if name.endswith(".pth.tar")):
         resume = LAST if LAST in checkpoints else checkpoints[-1]
         raise UserError(
-            f"The output directory {path} is in use: it holds a run. Choose another --experiment, continue it with "
+            f"The output directory {path} is in use: it has a run. Choose another --experiment, continue it with "
             f"--resume {path / resume}, or remove it."
         )
     foreign = sorted(name for name in names - _BEFORE_A_CHECKPOINT if not name.endswith(".part"))
     if foreign:
         raise UserError(
-            f"The output directory {path} is in use: {foreign[0]} is no file of a run. Choose another --experiment, or "
+            f"The output directory {path} is in use: {foreign[0]} is not a run's file. Choose another --experiment, or "
             "remove it."
         )
     if records := _records_of_scores(path):
         raise UserError(
-            f"The output directory {path} is in use: it holds no checkpoint any more, but {records} has the scores of "
+            f"The output directory {path} is in use: it has no checkpoint any more, but {records} has the scores of "
             "a run. Choose another --experiment, or remove that directory."
         )
     return bool(names - {LOCK, SOFT_LOCK})
 
 
 def _records_of_scores(path: Path) -> str:
-    """The file that holds the scores of a validated epoch, or may, since it cannot be read; else empty.
+    """The name of a file with scores of a validated epoch, or one that cannot be read; empty if there is none.
 
-    Those of the first epochs do not count where a kill has cut short the first checkpoint, which is written after them.
+    Scores of the first epochs do not count if a kill interrupted the first checkpoint, which is written after them.
     """
     is_cut_short = any(any(folder.glob(".*.pth*.part")) for folder in (path, path / "spectra"))
     for name, num_more, mark in (("summary.csv", 1, b","), ("metrics.jsonl", 0, b'"kind": "eval"')):
@@ -197,8 +196,8 @@ def _records_of_scores(path: Path) -> str:
 def _refuse_name_of_link(path: Path) -> None:
     if path.name == _LATEST:
         raise UserError(
-            f"--experiment {_LATEST}: that is the name of the link to the newest run. Choose another, or leave "
-            "--experiment out for a name of the time."
+            f"--experiment {_LATEST}: this is the name of the link to the latest run. Choose another, or leave out "
+            "--experiment for a name with the time."
         )
 
 
@@ -224,7 +223,7 @@ def _lock(path: Path) -> FolderLock:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure needs beside it: device, driver, versions, commit, command. The command stands as it was typed."""
+    """The environment of a run or a measurement: device, driver, versions, commit, and the command as typed."""
     result: dict[str, Any] = {
         "lowrank_vit": __version__,
         "commit": _commit(),

@@ -1,4 +1,4 @@
-"""What flows through the model at a validation: its images are looked at, and what is found out is told."""
+"""Measuring the flows through the models at each validation, with some of its images."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from lowrank_vit.spectral.flows import Flows, measure
 from lowrank_vit.spectral.watching.refresh import EMA, MODEL
 
 IMAGES_AT_ONCE = 16
-"""In a batch, whatever the validation's: so the numbers do not depend on that."""
+"""Batch size for this, independent of the validation's, so that the numbers do not depend on that."""
 _KINDS = {"": MODEL, "ema_": EMA}
-"""By prefix of a score's name."""
+"""Kind of weights by prefix of a score's name."""
 
 
 Log = Callable[[dict[str, float], dict[str, Flows]], object]
-"""Told of what a validation has found out: scalars by "<kind>/flow/<block>/<metric>", kind "spec" or "spec_ema", with
-"spec/flow/images" and "spec/flow/seconds" among them; and all of it by kind."""
+"""Called with the results of a validation: scalars named "<kind>/flow/<block>/<metric>", with kind "spec" or
+"spec_ema", and also "spec/flow/images" and "spec/flow/seconds"; and the full flows by kind."""
 
 
 class FlowWatch(Batches):
-    """Takes the same images out of every validation and has the first rank look at what the models make of them.
+    """Takes the same images from every validation and lets the first rank measure the models' flows with them.
 
-    It goes round the loader of a validation, of whose passes the first gives the images. Copies of the models see
-    these, so that nothing of the run changes. What fails is said, and training goes on.
+    It wraps a validation's loader, and takes the images from its first pass. Copies of the models see them, so the run
+    is not changed. Failures are reported, and training goes on.
     """
 
     def __init__(self, evaluators: Mapping[str, Evaluator], ids: np.ndarray, world: World, say: Say) -> None:
-        """Take the images of `ids`, samples of the validation set; `evaluators` by prefix of a score's name."""
+        """`ids`: the validation samples to take; `evaluators`: by prefix of a score's name."""
         self._evaluators, self._world, self._say = evaluators, world, say
         self._ids = ids
         self._loader: Batches | None = None
         self._found: list[tuple[np.ndarray, np.ndarray]] = []
 
     def begin(self, loader: Batches) -> None:
-        """A validation begins, of which this is the loader."""
+        """Start a validation with this loader."""
         self._loader, self._found = loader, []
 
     def batches(self, epoch: int) -> Iterator[Batch]:
@@ -58,7 +58,7 @@ class FlowWatch(Batches):
             yield batch
 
     def end(self, log: Log) -> None:
-        """The validation is over. Every rank calls it together; the first tells `log` what was found out."""
+        """End a validation; all ranks call it together, and the first passes the results to `log`."""
         start = time.perf_counter()
         own, self._found = self._found, []
         found = [part for of_rank in self._world.gather_on_first(own) or () for part in of_rank]
@@ -68,7 +68,7 @@ class FlowWatch(Batches):
         try:
             images = torch.from_numpy(images[np.argsort(ids)])
             flows = {_KINDS[prefix]: self._flows(one, images) for prefix, one in self._evaluators.items()}
-        except Exception as error:  # such as no memory for a copy of the model
+        except Exception as error:  # such as too little memory for a copy of the model
             self._say(f"warning: the flows of this validation failed: {in_short(error)}. Training goes on.")
             return
         values = {
@@ -94,9 +94,9 @@ class FlowWatch(Batches):
 
 @contextmanager
 def flows_of(loader: Batches, watch: FlowWatch | None, log: Log) -> Generator[Batches]:
-    """Within it a validation takes place: give the loader for that, and afterwards tell `log` what the watch has seen.
+    """A context for a validation: yields its loader, and passes the flows to `log` at the end.
 
-    Nothing is told of a validation that ends by an error.
+    If the validation ends with an error, nothing is logged.
     """
     if watch is None:
         yield loader

@@ -1,4 +1,4 @@
-"""A run's numbers: sums on the device; metrics.jsonl, summary.csv (a row an epoch) and, if asked for, trackers."""
+"""A run's numbers: sums on the device; metrics.jsonl, summary.csv (a row per epoch) and trackers, if requested."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lowrank_vit.run.spectral_records import Logged, Prepared, Preparing, Sent, 
 from lowrank_vit.run.trackers.sending import Trackers
 
 _AXES = {"flow": "spec_update", "eval": "epoch"}
-"""The trackers' axis, by kind; `update` for the others."""
+"""The trackers' axis by kind of record; `update` for other kinds."""
 
 
 _ALSO = {"eval": ("epoch",), "flow": ("epoch",)}
-"""What a record has beside its update, by kind: those of a validation, which comes at an epoch's end."""
+"""Extra keys of a record by kind: a validation's records also have the epoch."""
 
 
 class Means(NamedTuple):
@@ -35,39 +35,39 @@ class Means(NamedTuple):
 
     loss: float
     top1: float
-    """Percent of images whose own label, before mixing, is predicted."""
+    """Percent of images whose label (before mixing) is predicted, 0-100."""
 
 
 class Event(NamedTuple):
-    """Something that happened at an update: a line of metrics.jsonl, and one to say where there is any."""
+    """An event at an update: values for metrics.jsonl, and a line to print, if not empty."""
 
     update: int
     values: dict[str, Any]
-    """Plain values, those of layers in tables by name."""
+    """Plain values; those of layers are in mappings by layer name."""
     line: str = ""
 
 
 NEVER = torch.iinfo(torch.int64).max
-"""The first update whose loss is not finite, where there is none."""
+"""Stands for "no update" as the first update with a loss that is not finite."""
 
 
 class Meter:
     """Sums of losses and hits since the last `read`, and the first update whose loss was not finite.
 
-    The loss of float16 is judged before it is scaled: an update that the scaler skips, since its gradients overflow,
-    has a finite loss. One whose loss is not finite has overflowed in the forward pass, which no scale can mend.
+    With float16 the unscaled loss is checked: an update that the scaler skips because of overflowing gradients has a
+    finite loss. A loss that is not finite has overflowed in the forward pass, which no scale can fix.
     """
 
     def __init__(self, device: torch.device, accum_steps: int = 1) -> None:
-        """`accum_steps`: batches that make up an update."""
+        """`accum_steps`: batches per update."""
         self._accum_steps = accum_steps
-        # Of each update's mean, so that a run can go on with another number of batches in an update.
+        # Sums of means per update, so that a run can continue with another number of batches per update.
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._bad_update = torch.full((), NEVER, dtype=torch.int64, device=device)
         self._lrs: dict[int, float] = {}
 
     def add(self, loss: Tensor, hits: Tensor, batch_size: int, update: int, lr: float) -> None:
-        """Note one batch of the update numbered `update`: its mean loss, and how many of its labels were predicted."""
+        """Add one batch of update `update`: its mean loss, and its number of correct predictions."""
         self._sums.add_(torch.stack([loss.double(), hits.double() / batch_size]), alpha=1 / self._accum_steps)
         self._bad_update = torch.where(torch.isfinite(loss), self._bad_update, self._bad_update.clamp(max=update))
         self._lrs[update] = lr
@@ -80,7 +80,7 @@ class Meter:
         return self.read_with([], world)[0]
 
     def read_with(self, own: Sequence[float], world: World) -> tuple[Means, list[list[float]]]:
-        """What `read` returns, and every rank's `own` numbers, by rank, which travel with the sums."""
+        """The result of `read`, and the `own` numbers of every rank, in order, which are sent with the sums."""
         numbers = torch.zeros(world.size, len(own), dtype=torch.float64)
         numbers[world.rank] = torch.tensor(own, dtype=torch.float64)
         together = torch.cat([self._sums, numbers.flatten().to(self._sums.device)])
@@ -99,11 +99,11 @@ class Meter:
         lr = f" (learning rate {self._lrs[number]:.3g})" if number in self._lrs else ""
         raise UserError(
             f"The loss is not finite at update {number}{lr}. "
-            "Nothing was saved since. Try a smaller --lr, a longer --warmup-epochs or --clip-grad 1."
+            "Nothing was saved since then. Try a smaller --lr, a longer --warmup-epochs or --clip-grad 1."
         )
 
     def state_dict(self, world: World) -> dict[str, Any]:
-        """The sums so far, averaged over the ranks; every rank calls it together unless nothing was added."""
+        """The sums so far, averaged over the ranks; all ranks call it together unless nothing was added."""
         sums, bad_update = self._sums.clone(), self._bad_update
         if self._lrs:
             world.sum(sums)
@@ -111,7 +111,7 @@ class Meter:
         return {"sums": sums / world.size, "bad_update": bad_update, "lrs": self._lrs.copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the sums of `state_dict`, whatever the number of ranks and of batches in an update was."""
+        """Continue with the sums of `state_dict`, which may come from other numbers of ranks and batches per update."""
         self._sums.copy_(state["sums"])
         self._bad_update.copy_(state["bad_update"])
         self._lrs = dict(state["lrs"])
@@ -120,7 +120,7 @@ class Meter:
 class RunLog:
     """Appends to the files of one run directory. Use as a context manager.
 
-    What cannot be written (a full disk) is said once, and training goes on.
+    Failures to write (a full disk) are reported once, and training goes on.
     """
 
     def __init__(
@@ -134,9 +134,9 @@ class RunLog:
         wandb_spec: Sent = "means",
         say: Callable[[str], object] = terminal.say,
     ) -> None:
-        """A run that goes on: rows of `start_epoch` and later, and records of later updates, are dropped.
+        """For a resumed run, rows of `start_epoch` and later, and records after `start_update`, are dropped.
 
-        `spec_log`, `wandb_spec`: what of the spectra is written, and sent to the trackers, see `spectral_records`.
+        `spec_log`, `wandb_spec`: the parts of the spectra to write and to send to trackers, see `spectral_records`.
         """
         self._prepare = Preparing(spec_log, wandb_spec if trackers else None)
         self._newest_spectra: tuple[int, dict[str, Any]] | None = None
@@ -149,26 +149,26 @@ class RunLog:
                 _drop_after(self._jsonl, start_update, start_epoch)
             except OSError as error:
                 say(
-                    f"warning: metrics.jsonl cannot be written anew ({error.strerror}); of what it holds after update "
-                    f"{start_update}, the last lines count"
+                    f"warning: metrics.jsonl cannot be rewritten ({error.strerror}); for updates after "
+                    f"{start_update}, only its last lines count"
                 )
 
     def log(self, kind: str, update: int, values: dict[str, Any]) -> None:
-        """One line in metrics.jsonl: `kind` is train, eval, spec, flow, lowrank or speed; `update`: made so far."""
+        """Write one line to metrics.jsonl, of kind train, eval, spec, flow, lowrank or speed; `update`: made so far."""
         if kind == "spec":
             self.log_spectra(update, values)
             return
         self._append(json_of(kind, update, values))
-        # Tables, of which a tracker would make curves, and what train lines have.
+        # A tracker would make curves of lowrank's tables; the numbers of speed are in train lines.
         if self._trackers is not None and kind not in ("lowrank", "speed"):
             axis = _AXES.get(kind, "update")
             named = {f"train/{name}": value for name, value in values.items()} if kind == "train" else values
             self._trackers.log({"update" if kind == "eval" else axis: update, **named}, axis)
 
     def log_spectra(self, update: int, values: dict[str, Any], prepared: Prepared | None = None) -> None:
-        """One refresh of the spectra; of all its numbers those go to each place that are wanted there.
+        """Log one refresh of the spectra: to each place the part of its numbers that belongs there.
 
-        `prepared`: what `Preparing` has made of `values`, which may have more behind them now; default: made here.
+        `prepared`: the result of `Preparing` for `values`, to which more may have been added since; made here if None.
         """
         prepared = prepared or self._prepare(update, values)
         late = dict(itertools.islice(values.items(), prepared.num_values, None))
@@ -185,9 +185,9 @@ class RunLog:
             self._lost_lines.note(_lost(error, self._jsonl))
 
     def log_epoch(self, row: dict[str, Any]) -> None:
-        """A validated epoch: a row in summary.csv, and a line of kind eval. `row` has `update` among its keys.
+        """Log a validated epoch: a row in summary.csv and a line of kind eval. `row` must have the key `update`.
 
-        What is None has an empty cell in the row, and no key in the line.
+        A value of None becomes an empty cell in the row, and is left out of the line.
         """
         self.log("eval", row["update"], {k: v for k, v in row.items() if k != "update" and v is not None})
         self._rows.append({k: _cell(v) for k, v in row.items()})
@@ -229,7 +229,7 @@ def _rows_before(summary: Path, epoch: int) -> list[dict[str, str]]:
 
 
 def last_recorded(run_dir: Path, kind: str, until: int) -> int:
-    """The greatest `update` up to `until` of a record of that kind; -1 without one."""
+    """The largest `update` up to `until` of the records of this kind; -1 if there is none."""
     newest = -1
     with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
         for record in filter(None, map(_record, file)):
@@ -239,7 +239,7 @@ def last_recorded(run_dir: Path, kind: str, until: int) -> int:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None for one that was cut short, damaged, or is not of ours."""
+    """The record in a line of metrics.jsonl; None for a line that is cut short, damaged or foreign."""
     with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(line.decode())
         if isinstance(record, dict) and isinstance(record.get("kind"), str):
@@ -250,11 +250,10 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _drop_after(path: Path, update: int, epoch: int) -> None:
-    """Keep the records up to `update`, so that a run that goes on from there has each once; atomically.
+    """Keep only the records up to `update`, atomically, so that a resumed run has each record once.
 
-    An epoch's end is an update's too: `epoch` is the first whose scores are still to come.
-
-    A last line that was cut short when the run was killed goes too, as does any that is no record.
+    `epoch` is the first whose scores are still to come, since an epoch's end may share its update. Lines that are no
+    record, such as one cut short by a kill, are removed too.
     """
     with path.open("rb") as old, whole_file(path, through_link=False) as new:
         for line in old:

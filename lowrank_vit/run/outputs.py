@@ -1,4 +1,4 @@
-"""What a run says and logs while it goes; silent, and without files, on all ranks but the first."""
+"""Everything that a run prints and logs; silent and without files on all ranks but the first."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SPECTRA = "spectra"
 
 def already_finished(num_epochs: int) -> str:
     """A line about a run that has nothing left to train."""
-    return f"already finished: all {num_epochs} epochs are done. A greater --epochs would go on"
+    return f"already finished: all {num_epochs} epochs are done. A larger --epochs would continue"
 
 
 class Outputs:
@@ -52,18 +52,18 @@ class Outputs:
         is_first: bool,
         indices: dict[str, dict[str, list[int]]],
     ) -> None:
-        """Take where the run stands from `state`, and put the ids of runs that are begun at trackers there.
+        """Read the run's position from `state`, and store the ids of tracker runs there.
 
         Args:
             config: of the run.
             run_dir: where files are written.
-            state: where the run stands.
-            device: named in the record of the surroundings.
+            state: of the run.
+            device: named in environment.json.
             num_epochs: of the whole run.
             updates_per_epoch: of this run.
-            description: lines to say at the beginning.
-            is_first: whether this rank speaks and writes.
-            indices: the recorded singular indices by type of matrix; none without the monitor.
+            description: lines to print at the start.
+            is_first: whether this rank prints and writes.
+            indices: the recorded singular indices by type of matrix; empty without the monitor.
         """
         self._config, self._run_dir, self._state, self._device = config, run_dir, state, device
         self._num_epochs, self._updates_per_epoch, self._description = num_epochs, updates_per_epoch, description
@@ -117,11 +117,11 @@ class Outputs:
         given = {"wandb": tracking.wandb_resume_id} if tracking.wandb_resume_id else {}
         ids = {**self._state.tracker_ids, **given}
         found = Trackers.start(trackers(tracking), about, resume_ids=ids, say=self.display.say)
-        self._state.tracker_ids = found.ids  # also those that are not chosen, for the next time
+        self._state.tracker_ids = found.ids  # also of trackers that are not chosen now
         return found
 
     def log_interval(self, epoch: int, update: int, figures: Figures, top1: float) -> None:
-        """Show and write what happened since the last time."""
+        """Show and log the figures of a log interval."""
         apart = ("loading", "wait_share", "wait_rank", "penalties")
         values = {name: value for name, value in asdict(figures).items() if name not in apart}
         waiting = {"data_wait": figures.wait_share, "data_wait_rank": figures.wait_rank}
@@ -132,20 +132,20 @@ class Outputs:
         self.display.update(update, self._place(), figures, is_interval=is_interval)
 
     def tick(self) -> None:
-        """Show that an update was made, where nothing else was shown for long."""
+        """Show progress if nothing else was shown for long."""
         self.display.tick(self._state.position.num_updates, self._place())
 
     def _place(self) -> str:
         return f"{self._state.position.epoch + 1}/{self._num_epochs}"
 
     def log_spectra(self, records: list[tuple[SpectralRecord, Prepared | None]]) -> None:
-        """Write the refreshes of the spectra that are finished, see `SpectralMonitor.prepared_records`."""
+        """Log the finished refreshes of the spectra, see `SpectralMonitor.prepared_records`."""
         for record, prepared in records:
             if self._log:
                 self._log.log_spectra(record.update, record.values, prepared)
 
     def log_low_rank(self, events: list[Event]) -> None:
-        """Write and say what layers in factors there are by now, and what that rests on."""
+        """Log and print events of training that becomes low-rank, with their evidence."""
         for event in events:
             if self._log:
                 self._log.log("lowrank", event.update, event.values)
@@ -153,13 +153,13 @@ class Outputs:
                 self.display.say(line)
 
     def log_switch_speed(self, update: int, values: dict[str, Any], line: str) -> None:
-        """Write and say how fast the run is behind a switch; apart from what is the same however fast it is."""
+        """Log and print the speed after a switch, separately from the records that do not depend on speed."""
         if self._log:
             self._log.log("speed", update, values)
         self.display.say(line)
 
     def log_flows(self, position: Position, values: dict[str, float], flows: Mapping[str, Flows]) -> None:
-        """Write what a validation has found out of the models' flows: the scalars, and all of it by kind."""
+        """Log a validation's scalars of the models' flows, and write the full flows by kind."""
         if self._log:
             self._log.log("flow", position.num_updates, {"epoch": position.epoch, **values})
             try:
@@ -168,14 +168,14 @@ class Outputs:
                 self.display.say(f"warning: {error} Training goes on.")
 
     def log_epoch(self, row: dict[str, Any], scores: dict[str, Scores], train_s: float) -> None:
-        """Show and write a validated epoch; `row` is that of summary.csv without the scores, which come by prefix."""
+        """Show an epoch, and log it if validated; `row`: of summary.csv without the scores, which come by prefix."""
         for prefix, score in scores.items():
             row |= {f"eval_{prefix}{name}": getattr(score, name) for name in ("loss", "top1", "top5")}
         if self._log and scores:
             self._log.log_epoch(row)
         ema = f" (EMA {scores['ema_'].top1:.2f})" if "ema_" in scores else ""
         top1 = f"  top-1 {scores[''].top1:5.2f}{ema} %" if scores else ""
-        speed = ""  # an epoch whose updates were all made before it was resumed has none
+        speed = ""  # unknown if all updates were made before the run was resumed
         if row["img_per_s"] is not None:
             waiting = wait_in_words(row["data_wait"], row.get("data_wait_rank"))
             speed = f"  {row['img_per_s']:,.0f} img/s  wait {waiting}  {duration(train_s)}"

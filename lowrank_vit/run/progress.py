@@ -1,4 +1,4 @@
-"""What a run prints while it goes: a live line in a terminal, plain lines elsewhere."""
+"""The progress that a run prints: a live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from lowrank_vit.common.terminal import Steady, is_unread, printable
 from lowrank_vit.data.loader import LoaderStats
 
 _NARROW = 100
-"""Columns up to which the figures leave the bar only a stub."""
+"""Up to this width the bar is short, to leave room for the figures."""
 _BAR_NARROW, _BAR_WIDE = 7, 27
-"""Columns that bar and gaps take beside epoch and figures."""
+"""Columns of bar and gaps, besides epoch and figures."""
 _LINE = 200
-"""Columns of the figures in a line of an output that is no terminal."""
+"""Columns of the figures in a line of output that is not a terminal."""
 _FREE_LINES, _THEN_EVERY_S = 100, 10.0
-"""Lines of a fast run's log intervals that are printed one and all, and the least distance of those that follow."""
+"""The first log intervals all have a line; after this many lines, at most one in so many seconds is printed."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What there is to say of the updates since the last time."""
+    """Figures of the updates of a log interval."""
 
     loss: float
     lr: float
     img_per_s: float
-    """Images a second, of all ranks."""
+    """Images per second, of all ranks."""
     wait_share: float
-    """Share of the time spent waiting for data, 0-1, on the rank that waited longest."""
+    """Share of time spent waiting for data, 0-1, on the rank that waited longest."""
     memory_gb: float
-    """Greatest of all ranks."""
+    """Largest of all ranks, GB (10^9 bytes)."""
     loading: LoaderStats
     """Of the rank that waited longest; damaged samples are those of all ranks."""
     mfu: float | None = None
-    """0-1, see `peak.mfu`."""
+    """0-1, see `model.flops.mfu`."""
     grad_norm: float | None = None
     wait_rank: int | None = None
     """The rank that waited longest; None with one process."""
     penalties: Mapping[str, float] = field(default_factory=dict[str, float])
-    """What regularisers of the loss have to say, by name; empty without any."""
+    """Values of the regularisers, by name; empty without any."""
 
 
 def in_words(figures: Figures, width: int) -> str:
-    """The figures in at most `width` characters, as many as fit; the first ones matter most.
+    """As many figures as fit into `width` characters, the most important first.
 
-    `queue` is how many decoded batches wait on average, `decode` the median and the 90th percentile of a batch.
+    `queue` is the mean number of decoded batches waiting, `decode` the median and 90th percentile for a batch.
     """
     loading = figures.loading
     parts = [
@@ -72,14 +72,14 @@ def in_words(figures: Figures, width: int) -> str:
 
 
 def wait_in_words(share: float, rank: int | None) -> str:
-    """The share of the time spent waiting, 0-1, and on which of several ranks that was."""
+    """The share of time spent waiting, 0-1, in percent, and on which of several ranks."""
     return f"{share:.0%}" if rank is None else f"{share:.0%} (rank {rank})"
 
 
 class Display:
     """The progress of all epochs. In a terminal one live line; elsewhere a line at each log interval and each minute.
 
-    Of a run with very short intervals not all of them have a line.
+    With very short intervals, not all of them have a line.
     """
 
     def __init__(self, total_updates: int, done_updates: int, *, is_silent: bool = False) -> None:
@@ -110,16 +110,19 @@ class Display:
         self._progress.stop()
 
     def say(self, line: str) -> None:
-        """Print a line above the live one."""
-        self.console.print(Text(printable(line)))  # a path or an error may hold [brackets], :names: and worse
+        """Print a line above the live line."""
+        self.console.print(Text(printable(line)))  # a path or an error may contain [brackets], :names: and worse
         if self._is_read and is_unread():
             self._is_read = False
-            print("note: nobody reads the output any more; training goes on, and its files keep all", file=sys.stderr)
+            print(
+                "note: nobody reads the output any more; training goes on, and its files have all",
+                file=sys.stderr,
+            )
 
     def update(self, updates: int, epoch: str, figures: Figures, *, is_interval: bool = True) -> None:
-        """Show the newest figures; the ETA counts validation in, since it is taken from the whole run so far.
+        """Show the latest figures. The ETA includes validation, since it uses the whole run so far.
 
-        `is_interval` False: the epoch ends between two log intervals, and has a line of its own.
+        `is_interval` False: the epoch ends between two log intervals, and has its own line.
         """
         eta = f" {self._steady.eta(updates)}"
         status = in_words(figures, self._room - len(epoch) - len(eta)) + eta
@@ -129,11 +132,11 @@ class Display:
             self._free_lines -= 1
 
     def tick(self, updates: int, epoch: str) -> None:
-        """An update was made; where no line of figures came for a minute, it is said without them."""
+        """Count an update; print a line without figures if there was none for a minute."""
         self._steady.tell(updates, _place(epoch))
 
     def within(self, total: int) -> Steady:
-        """The progress of something else that may take minutes, while the updates wait."""
+        """The progress of something else that may take minutes while training waits."""
         return Steady(total, None if self._is_live or self._is_silent else self.say)
 
 

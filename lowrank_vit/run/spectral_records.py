@@ -1,4 +1,4 @@
-"""Which numbers of the spectra go where, to `metrics.jsonl`, to trackers, in a table; and how much that will be."""
+"""Which numbers of the spectra go to `metrics.jsonl`, to trackers and into a table, and how much space they take."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ MEANS = frozenset(
     """sigma_max stable_rank effective_rank numerical_rank alpha mp_outliers update_norm2 turn_bound block_energy
     block_cos_u_overlap block_cos0_u_overlap block_ema_cos_u_overlap""".split()
 )
-"""Metrics whose means by type are logged and sent unless more is asked for."""
+"""Metrics whose means by type are logged and sent by default."""
 OF_EACH = frozenset(("sigma_max", "block_cos_u_mean"))
-"""Those that are then sent of each matrix."""
+"""Metrics that are also sent for each matrix by default."""
 _ASKED_FOR = ("dw_", "opt_")
-"""Metrics begin so that only `--spec-updates` computes."""
+"""Prefixes of metrics that only `--spec-updates` computes."""
 _TYPE, _DEPTH = "type/", "depth/"
 
 
 @cache
 def _parts(key: str) -> tuple[str, str]:
-    """Name and metric of a number; the same few thousand keys come with every refresh."""
+    """Name and metric of a number; cached, as each refresh has the same few thousand keys."""
     group, _, metric = key.rpartition("/")
     return group.partition("/")[2], metric
 
 
 @cache
 def _is_mean(key: str) -> bool:
-    """Whether a number is about the refresh, or a mean by type of `MEANS` or of what a flag of its own asks for."""
+    """Whether a number describes the refresh, or is a mean by type of `MEANS` or of a metric with its own flag."""
     name, metric = _parts(key)
     is_shown = metric in MEANS or metric.startswith(_ASKED_FOR) or name == _TYPE + CIRCUIT
     return name == ABOUT or (name.startswith(_TYPE) and is_shown)
@@ -55,15 +55,15 @@ def _is_of_each(key: str) -> bool:
 
 
 def logged(values: dict[str, Any], what: Logged) -> dict[str, Any]:
-    """What of a record goes to `metrics.jsonl`, which has no limit: means by type, or all."""
+    """The part of a record for `metrics.jsonl`, which has no size limit: means by type, or everything."""
     return values if what == "all" else {key: value for key, value in values.items() if _is_mean(key)}
 
 
 def sent(values: dict[str, Any], what: Sent) -> dict[str, Any]:
-    """What of a record goes to trackers.
+    """The part of a record for trackers.
 
-    means: by type the means of `MEANS`, and `OF_EACH` of each matrix; types: all means by type; first-last: these, and
-    all numbers of the matrices of the first and of the last block and of those in no block. Each has what is about the
+    means: means by type of `MEANS`, and `OF_EACH` for each matrix; types: all means by type; first-last: these, and all
+    numbers of the matrices in the first block, in the last block and in no block. All have the numbers about the
     refresh.
     """
     match what:
@@ -83,26 +83,26 @@ def sent(values: dict[str, Any], what: Sent) -> dict[str, Any]:
 
 
 class Prepared(NamedTuple):
-    """A refresh as it is written and sent, see `RunLog.log_spectra`."""
+    """A refresh ready to be written and sent, see `RunLog.log_spectra`."""
 
     line: str
-    """Of `metrics.jsonl`, without its end."""
+    """A line of `metrics.jsonl` without its closing brace."""
     row: dict[str, float]
-    """For trackers; empty without any."""
+    """The row for trackers; empty without any."""
     num_values: int
-    """How many values it was made of; those behind them, which are about the refresh, go into both."""
+    """How many values it was made of; values added later, about the refresh, go into both."""
 
 
 @dataclass(frozen=True)
 class Preparing:
-    """Makes a `Prepared` of a record, which takes tens of ms: in the monitor's worker, so that no update waits."""
+    """Makes a `Prepared` from a record. This takes tens of ms, so the monitor's worker does it and no update waits."""
 
     log: Logged
     send: Sent | None
-    """None: there is no tracker."""
+    """None without trackers."""
 
     def __call__(self, update: int, values: Mapping[str, float]) -> Prepared:
-        """Of the scalars of a refresh."""
+        """Prepare the scalars of a refresh."""
         of_record = dict(values)
         row = plain_row({"spec_update": update, **sent(of_record, self.send)}) if self.send else {}
         return Prepared(json_of("spec", update, logged(of_record, self.log))[:-1], row, len(of_record))
@@ -114,7 +114,7 @@ def json_of(kind: str, update: int, values: Mapping[str, Any]) -> str:
 
 
 def ended(line: str, values: Mapping[str, Any]) -> str:
-    """`Prepared.line` with more values behind the others."""
+    """`Prepared.line` completed with more values."""
     return f"{line}{''.join(f', {json.dumps(key)}: {json.dumps(_finite(one))}' for key, one in values.items())}}}"
 
 
@@ -125,7 +125,7 @@ def _finite(value: Any) -> Any:
 
 
 def table_of(update: int, values: Mapping[str, float]) -> Table:
-    """All numbers of a record, a row for each matrix, circuit and mean."""
+    """All numbers of a record as a table, with a row for each matrix, circuit and mean."""
     columns = columns_of([StoredScalars.of(update, values)])
     plain = [
         [None if isinstance(cell, float) and np.isnan(cell) else cell for cell in c.tolist()] for c in columns.values()
@@ -137,21 +137,21 @@ class Sizes(NamedTuple):
     """Bytes that a refresh takes."""
 
     store: float
-    """In the store, before it is thinned out."""
+    """Bytes in the store, before it is thinned out."""
     line: float
-    """In `metrics.jsonl`."""
+    """Bytes in `metrics.jsonl`."""
 
 
 def expected_sizes(
     matrices: Mapping[str, Mapping[str, Any]], kinds: int, topk: int, interval: int, full_every: int, what: Logged
 ) -> Sizes:
-    """About what a refresh takes, from how many numbers records have; without circuits and changes.
+    """Approximate size of a refresh, from the number of values in records; without circuits and changes.
 
     Args:
         matrices: by name, the "shape" of each; see `SpectralMonitor.matrices`.
         kinds: 2 with an EMA, else 1.
         topk, interval, full_every: see `SpectralSettings`.
-        what: is logged.
+        what: the part that is logged.
     """
     shapes = [one["shape"] for one in matrices.values()]
     types, depths = {module_type(name) for name in matrices}, {module_depth(name) for name in matrices}
@@ -169,12 +169,12 @@ def expected_sizes(
 
 
 class Held(NamedTuple):
-    """Bytes that a monitor holds while a refresh runs, beside what solving takes."""
+    """Bytes that a monitor holds during a refresh, besides the memory for solving."""
 
     copies: int
-    """On the weights' device: of the watched weights, now and at the refresh before."""
+    """On the weights' device: copies of the monitored weights, now and at the previous refresh."""
     vectors: int
-    """In the host's memory, at most: values and vectors of this refresh, the one before, the last whole, the first."""
+    """In host memory, at most: values and vectors of this refresh, the previous, the last complete and the first."""
 
 
 def expected_held(
@@ -188,14 +188,14 @@ def expected_held(
     is_first: bool = True,
     updates: bool = False,
 ) -> Held:
-    """What the copies and vectors of a monitor take on a rank, by the shapes alone; without circuits.
+    """Memory of a monitor's copies and vectors on a rank, from the shapes alone; without circuits.
 
     Args:
         matrices, kinds, topk, interval: see `expected_sizes`.
-        item_bytes: of a weight.
-        ranks: that share the work.
-        is_first: whether this is the first of them, which has all the weights beside its share.
-        updates: whether the optimizer's directions are copied, too, of the model.
+        item_bytes: bytes of a weight.
+        ranks: number of ranks that share the work.
+        is_first: whether this is the first rank, which has all the weights besides its share.
+        updates: whether the optimizer's directions for the model are copied, too.
     """
     shapes = [one["shape"] for one in matrices.values()]
     weights = item_bytes * sum(rows * cols for rows, cols in shapes)
@@ -211,32 +211,32 @@ def expected_held(
 
 
 def held_in_words(held: Held, free: int, place: str) -> str:
-    """A warning where copies take more than is free; empty where they do not."""
+    """A warning if the copies need more memory than is free; otherwise empty."""
     if held.copies <= free:
         return ""
     return (
-        f"warning: the spectra's copies of the watched weights take {_bytes(held.copies)} of {place}, which has "
-        f"{_bytes(free)} free: the run may end for want of memory. Watch fewer layers by --spec-targets, leave out "
-        "--model-ema or --spec-updates, or share them by more ranks."
+        f"warning: the monitor's copies of weights take {_bytes(held.copies)} on {place}, which has {_bytes(free)} "
+        "free: the run may run out of memory. Monitor fewer layers with --spec-targets, leave out --model-ema or "
+        "--spec-updates, or use more ranks."
     )
 
 
 _GUARD = 18
-"""Columns beyond the wanted ones from which the next values are sought, at most."""
+"""Largest number of extra columns from which the next values are computed."""
 _METRICS, _PER_INDEX = 95, 14
-"""Numbers of a matrix in a whole refresh: so many, and so many for each recorded index."""
+"""Numbers for a matrix in a complete refresh: in all, and for each recorded index."""
 _METRICS_FIRST, _PER_INDEX_FIRST = 76, 7
-"""The same in another refresh."""
+"""The same for other refreshes."""
 _MEANS_FIRST = 0.65
-"""The share of `MEANS` that it has."""
+"""The share of `MEANS` in other refreshes."""
 _FILLED = 0.87
-"""An EMA lacks some."""
+"""Share of numbers that are present; an EMA lacks some."""
 _BYTES_A_NUMBER = 57
-"""In JSON, with its name."""
+"""Bytes of a number in JSON, with its name."""
 
 
 def sizes_in_words(sizes: Sizes, refreshes: int, matrices: int, limit_gb: float, what: Logged) -> str:
-    """A line for the beginning of a run of so many refreshes: how large its records will get."""
+    """A line for the start of a run with the expected size of its records."""
     store, log = refreshes * sizes.store, refreshes * sizes.line
     held = f"{_bytes(store)} in spectra/"
     if store > limit_gb * 1e9:

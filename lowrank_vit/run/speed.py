@@ -1,4 +1,4 @@
-"""How fast a run is and what it waits for: each rank's clock, and the figures of all ranks together."""
+"""A run's speed and waiting times: each rank's clock, and the figures of all ranks together."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ T = TypeVar("T")
 
 
 class Clock:
-    """Splits an epoch's training time on this rank into waiting for data and the rest; pauses between two epochs."""
+    """Splits this rank's training time in an epoch into waiting for data and the rest; stands still between epochs."""
 
     def __init__(self) -> None:
         self.wait_s = 0.0
-        """Seconds so far that the host or the GPU waited for data."""
+        """Seconds so far in which the host or the GPU waited for data."""
         self.train_s = 0.0
-        """Seconds so far, with that."""
+        """Seconds so far, including the waiting."""
         self.images = 0
         """Images so far, of all ranks."""
         self._mark, self._pauses = time.perf_counter(), Spans()
         self._begun = self._logged = Stretch()
 
     def tick(self) -> None:
-        """Add the time since the last tick or batch to `train_s`, without pauses that the device has come past."""
+        """Add the time since the last tick or batch to `train_s`, without the pauses that the device has passed."""
         now = time.perf_counter()
         self.train_s += now - self._mark - self._pauses.taken()
         self._mark = now
 
     @contextmanager
     def paused(self, stream: torch.cuda.Stream | None) -> Generator[None]:
-        """Leave out what others do meanwhile, but not what the stream, where there is one, was asked to do before."""
+        """Do not count the time within, except for work queued on the stream before, if there is a stream."""
         begin = TimedMark.of(stream)
         yield
         self._pauses.add(begin, TimedMark.of(stream))
@@ -58,11 +58,11 @@ class Clock:
             self.tick()
 
     def restart(self) -> None:
-        """Leave what was so far out of the figures of the interval and of the epoch."""
+        """Restart the figures of the interval and of the epoch."""
         self._begun = self._logged = self._so_far()
 
     def stretches(self) -> tuple[Stretch, Stretch]:
-        """What came since the last call, and since the epoch began or `restart`."""
+        """The stretch since the last call, and the one since the epoch's start or `restart`."""
         now = self._so_far()
         interval, epoch = now.since(self._logged), now.since(self._begun)
         self._logged = now
@@ -73,38 +73,38 @@ class Clock:
 
 
 class Stretch(NamedTuple):
-    """Updates that one rank took part in."""
+    """A series of updates on one rank."""
 
     images: float = 0
-    """Of all ranks."""
+    """Images of all ranks."""
     train_s: float = 0.0
     wait_s: float = 0.0
     read_bytes: float = 0
-    """From storage, by this rank's process."""
+    """Bytes that this rank's process read from storage."""
 
     def since(self, earlier: Stretch) -> Stretch:
-        """The rest of this stretch, which begins with the earlier one."""
+        """The rest of this stretch after the earlier one, with which it begins."""
         return Stretch(*(b - a for a, b in zip(earlier, self, strict=True)))
 
     def and_then(self, later: Stretch) -> Stretch:
-        """This stretch and a later one as one."""
+        """This stretch and a later one together."""
         return Stretch(*(a + b for a, b in zip(self, later, strict=True)))
 
     @property
     def wait_share(self) -> float:
-        """Share of the time spent waiting for data, 0-1; 0 for no time."""
+        """Share of time spent waiting for data, 0-1; 0 for no time."""
         return min(1.0, self.wait_s / self.train_s) if self.train_s > 0 else 0.0
 
 
 class FirstUpdates:
-    """The first updates of a process, once it is warm, as one stretch a rank."""
+    """The first updates of a process after warm-up, as one stretch for each rank."""
 
     def __init__(self, images: int) -> None:
-        """`images`: of all ranks, so many at least."""
+        """`images`: the least number of images, of all ranks."""
         self._wanted, self._so_far = images, list[Stretch]()
 
     def add(self, stretches: Sequence[Stretch]) -> list[Stretch] | None:
-        """Add what followed on each rank; returns all of it when it is enough, once."""
+        """Add the next stretch of each rank; returns the total once, when there are enough images."""
         if self._wanted <= 0:
             return None
         before = self._so_far or [Stretch()] * len(stretches)
@@ -117,18 +117,18 @@ class FirstUpdates:
 
 @dataclass(frozen=True)
 class Speed:
-    """A stretch of updates as all ranks saw it."""
+    """The speed of all ranks over a stretch of updates."""
 
     img_per_s: float
-    """Images a second, of all ranks, by the clock of the slowest."""
+    """Images per second, of all ranks, by the clock of the slowest."""
     wait_share: float
-    """Share of the time that the rank spent waiting for data which waited longest, 0-1."""
+    """Share of time that the rank that waited longest spent waiting for data, 0-1."""
     wait_rank: int
     """That rank."""
 
     @classmethod
     def of(cls, stretches: Sequence[Stretch]) -> Speed:
-        """Of the same stretch on each rank, by rank."""
+        """From the same stretch on each rank, in order of the ranks."""
         shares = [one.wait_share for one in stretches]
         seconds, longest = max(one.train_s for one in stretches), max(shares)
         img_per_s = stretches[0].images / seconds if seconds > 0 else 0.0
@@ -136,7 +136,7 @@ class Speed:
 
 
 class RankFigures(NamedTuple):
-    """What one rank tells the others where a line of the log is due."""
+    """The figures that a rank shares with the others for a line of the log."""
 
     interval: Stretch
     epoch: Stretch
@@ -144,12 +144,12 @@ class RankFigures(NamedTuple):
     loading: LoaderStats
 
     def numbers(self) -> list[float]:
-        """As plain numbers, which travel with the sums of the losses."""
+        """As plain numbers, which are sent with the sums of the losses."""
         return [*self.interval, *self.epoch, self.memory_gb, *vars(self.loading).values()]
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> RankFigures:
-        """Of what `numbers` returned."""
+        """From the result of `numbers`."""
         n = len(Stretch._fields)
         interval, epoch, (memory_gb, *loading) = numbers[:n], numbers[n : 2 * n], numbers[2 * n :]
         stats = LoaderStats(*loading)  # type: ignore[arg-type]

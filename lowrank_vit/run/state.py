@@ -1,4 +1,4 @@
-"""What a run counts and remembers while it goes, and a checkpoint holds."""
+"""A run's counts and scores, which are saved in its checkpoints."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass
 class Position:
-    """The place of a run between two updates: how far it has come. Epochs are 0-based."""
+    """How far a run has come, between two updates. Epochs are 0-based."""
 
     epoch: int = 0
-    """The one that is trained or comes next."""
+    """The current epoch, or the next one."""
     updates_done: int = 0
-    """Updates of this epoch."""
+    """Updates made in this epoch."""
     num_updates: int = 0
-    """Updates of the run."""
+    """Updates made in the run."""
 
     @property
     def is_begun(self) -> bool:
@@ -24,22 +24,22 @@ class Position:
         return self.epoch > 0 or self.updates_done > 0
 
     def count_update(self) -> None:
-        """An update was made."""
+        """Count an update."""
         self.updates_done += 1
         self.num_updates += 1
 
     def end_epoch(self) -> None:
-        """All updates of this epoch were made."""
+        """Start the next epoch."""
         self.epoch, self.updates_done = self.epoch + 1, 0
 
 
 @dataclass
 class EpochSums:
-    """What was logged of the epoch that is trained; later updates are in the step's meter."""
+    """Sums over the logged updates of the current epoch; later updates are in the step's meter."""
 
     updates_logged: int = 0
     loss_sum: float = 0.0
-    """Over the logged updates."""
+    """Sum of the losses of the logged updates."""
     lr: float = 0.0
     """Learning rate of the last update, logged or not."""
 
@@ -52,22 +52,21 @@ class BestEpochs:
     """Best value of --eval-metric."""
     best_epoch: int = -1
     best_scores: dict[str, float] = field(default_factory=dict[str, float])
-    """Scores in the best epoch, by weights: "model", and "ema" where there is one."""
+    """Scores in the best epoch, by weights: "model", and "ema" if there is one."""
     better: str = ""
-    """Weights that scored higher in the last validated epoch, "model" or "ema"; empty before the first."""
+    """The weights that scored better in the last validated epoch, "model" or "ema"; empty before the first."""
     is_chosen_by_ema: bool = False
-    """Epochs are compared by the EMA's score alone, even if it is lower: so it was in runs of `meaning` 1."""
+    """Epochs are compared only by the EMA's score, even if it is lower, as in runs of `meaning` 1."""
     kept: tuple[tuple[float, int], ...] = ()
     """Metric and epoch of each checkpoint-EPOCH.pth.tar, best first."""
 
     def after_validation(
         self, epoch: int, scores: dict[str, float], *, lower_is_better: bool, num_kept: int
     ) -> tuple[BestEpochs, bool, list[int]]:
-        """Count a validated epoch in: the new state, whether it is the best, the epochs no longer to be kept.
+        """Add a validated epoch; returns the new state, whether it is the best, and the epochs no longer to be kept.
 
-        `scores` by weights, as `best_scores`. The better of the two counts, the EMA's where they are equal.
-
-        This epoch is among those if `num_kept` others are better. Ties keep the older, as timm does.
+        `scores` by weights, as `best_scores`; the better of the two counts, the EMA's if they are equal. This epoch
+        itself is no longer kept if `num_kept` others are better. In a tie the older epoch is kept, as in timm.
         """
         sign = 1 if lower_is_better else -1
         known = ["ema"] if self.is_chosen_by_ema and "ema" in scores else [k for k in ("ema", "model") if k in scores]
@@ -82,36 +81,36 @@ class BestEpochs:
 
 @dataclass
 class RunState:
-    """All that a run remembers beside weights, optimizer and the step's own state."""
+    """A run's state besides weights, optimizer and the step's own state."""
 
     position: Position = field(default_factory=Position)
     sums: EpochSums = field(default_factory=EpochSums)
     best: BestEpochs = field(default_factory=BestEpochs)
     tracker_ids: dict[str, str] = field(default_factory=dict[str, str])
-    """With which the run at each tracker goes on."""
+    """The identifier with which the run continues at each tracker."""
 
     def end_epoch(self) -> None:
-        """All updates of the epoch were made and logged."""
+        """Start the next epoch; all updates of this one must be logged."""
         self.position.end_epoch()
         self.sums = EpochSums(lr=self.sums.lr)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint, but for `position.num_updates`, which stands with the step's state there."""
+        """Plain values for a checkpoint, without `position.num_updates`, which is saved with the step's state."""
         place = {"epoch": self.position.epoch, "updates_done": self.position.updates_done}
         best = {**asdict(self.best), "kept": [list(one) for one in self.best.kept]}
         return {**place, **asdict(self.sums), **best, "tracker_ids": dict(self.tracker_ids)}
 
     def load_state_dict(self, state: dict[str, Any], num_updates: int) -> None:
-        """Go on from there."""
+        """Continue from a saved state."""
         saved: dict[str, Any] = {"is_chosen_by_ema": "better" not in state, **state}
         saved["kept"] = tuple((metric, epoch) for metric, epoch in saved["kept"])
         self.position.epoch, self.position.updates_done = saved["epoch"], saved["updates_done"]
         self.position.num_updates = num_updates
         self.sums, self.best = EpochSums(**_fields_in(saved, EpochSums)), BestEpochs(**_fields_in(saved, BestEpochs))
-        of_wandb = saved.get("wandb_id")  # all that older files have
+        of_wandb = saved.get("wandb_id")  # older files have only this
         self.tracker_ids = dict(saved.get("tracker_ids", {"wandb": of_wandb} if of_wandb else {}))
 
 
 def _fields_in(saved: dict[str, Any], kind: type[EpochSums | BestEpochs]) -> dict[str, Any]:
-    """What is there of a dataclass; an older file may lack some."""
+    """The saved fields of a dataclass; an older file may lack some."""
     return {one.name: saved[one.name] for one in fields(kind) if one.name in saved}

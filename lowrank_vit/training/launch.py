@@ -1,10 +1,11 @@
-"""The run directory that the earlier attempts of one torchrun have worked in.
+"""Finding the run directory of earlier attempts of the same torchrun.
 
-torchrun starts all ranks again after a failure, with the same command line. Each attempt leaves a mark in its run
-directory: the names of its launch. A directory is this launch's if one of them is among those of now, so it is found
-again when nodes leave or join, whichever node has rank 0, and never by another launch, be its --rdzv-id the same. The
-names are a random one in the agents' store, which is lost with the node that holds it (and is another in each attempt
-where that store is not shared), and the agents, torchrun's own processes, one a node, of which one has to stay.
+torchrun restarts all ranks after a failure, with the same command line. Each attempt leaves a mark in its run directory
+with the names of its launch. A directory belongs to this launch if the two share a name. So it is found again when
+nodes leave or join, whichever node has rank 0, and never by another launch, even with the same --rdzv-id. One name is
+random, from the agents' store; it is lost with the node that holds the store, and changes with each attempt if the
+store is not shared. The other names are those of the agents, torchrun's own processes, one per node; one agent has to
+survive.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ MARK = ".launch"
 
 
 def names(world: World) -> list[str]:
-    """What this attempt's launch is known by, of all nodes; empty without torchrun. Every rank calls it."""
+    """The names of this attempt's launch, from all nodes; empty without torchrun. All ranks must call it."""
     own = [_agent(), world.launch] if os.environ.get("TORCHELASTIC_RUN_ID") else []
     return world.from_first(sorted({name for told in world.gather_on_first(own) or () for name in told if name}))
 
 
 def _agent() -> str:
-    """The name of torchrun's process on this machine that has started this one; empty where a container hides it."""
+    """The name of the torchrun process that started this one; empty if a container hides it."""
     process = agent()
     with suppress(OSError, IndexError):
         return _process(process.pid) if process else ""
@@ -42,19 +43,19 @@ def _agent() -> str:
 
 
 def _process(pid: int) -> str:
-    """A name of a process that no other process has, nor had, on any machine."""
+    """A name for a process that is unique over all machines and times."""
     stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    started = stat.rpartition(")")[2].split()[19]  # clock ticks, see proc(5); the name before it may hold anything
+    started = stat.rpartition(")")[2].split()[19]  # clock ticks, see proc(5); the name before may be anything
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{socket.gethostname()}/{boot}/{pid}/{started}"
 
 
 def mark(folder: Path, names: list[str]) -> str:
-    """What to write to `MARK` in a folder that this attempt, of a launch of these names, works in."""
+    """The content of `MARK` for a folder in which this attempt of a launch with these names works."""
     earlier = _read(folder)
     is_ours = not set(names).isdisjoint(earlier["agents"])
     noted = {
-        # Marks of earlier versions have agents alone, and no command.
+        # Marks of earlier versions have only agents, and no command.
         "agents": sorted({*names, *(earlier["agents"] if is_ours else ())}),
         "process": _process(launched().pid),
         "command": _command(),
@@ -64,10 +65,10 @@ def mark(folder: Path, names: list[str]) -> str:
 
 
 def earlier_folder(output: Path, experiment: str, resumed: Path | None, names: list[str]) -> Path | None:
-    """The directory in which earlier attempts of this launch have worked; None in the first attempt.
+    """The run directory of earlier attempts of this launch; None in the first attempt.
 
-    Of several the newest of this command line, else the newest: a node that came later may have others of its own disk.
-    `resumed`: the file of --resume, whose directory it is then.
+    Of several, the latest with this command line is chosen, otherwise the latest: a node that joined later may have
+    others on its own disk. `resumed`: the file of --resume; then only its directory is considered.
     """
     if resumed:
         folders = [resumed.parent]
@@ -83,18 +84,18 @@ def earlier_folder(output: Path, experiment: str, resumed: Path | None, names: l
 
 
 def own_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint there, if this launch has written it: not one that was there when it began."""
+    """The last checkpoint in a folder if this launch wrote it, not one that was there before."""
     state = _state_of(folder / LAST)
     return folder / LAST if state and state != _read(folder)["found"] else None
 
 
 def _is_of_earlier_attempt(noted: dict[str, Any], names: list[str]) -> bool:
-    # What torchrun has started once may train twice, one after the other: those are no attempts of one run.
+    # One process may train twice, one run after the other: these are not attempts of one run.
     return not set(names).isdisjoint(noted["agents"]) and noted["process"] != _process(launched().pid)
 
 
 def _command() -> str:
-    """A digest of the command line, which is the same in all attempts: it tells the runs of one launch apart."""
+    """A digest of the command line. It is the same in all attempts, and tells the runs of one launch apart."""
     return xxhash.xxh3_64_hexdigest("\0".join(sys.argv[1:]).encode(errors="surrogateescape"))
 
 

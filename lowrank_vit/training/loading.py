@@ -1,4 +1,4 @@
-"""Open the loaders of a run: what they decode, with how many threads, and which step they feed."""
+"""Open the loaders of a run: their data, threads, and the step that they feed."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from lowrank_vit.ranks.agree import gatherer
 from lowrank_vit.ranks.world import World
 
 LOADERS = "loaders"
-"""What a checkpoint holds under this: the name of the decode backend by split, train and val."""
+"""Key in a checkpoint: the name of the decode backend by split, train and val."""
 MOST_MFU = 0.4
-"""More of the peak than a step of ours is known to reach: ViT-B 0.35, ViT-S 0.23 on an H100."""
+"""Upper bound of the share of peak FLOP/s that a training step reaches: ViT-B 0.35, ViT-S 0.23 on an H100."""
 
 
 def with_workers(config: Config, world: World, device: torch.device) -> Config:
-    """Decide on --workers where it is left open."""
+    """Choose --workers if it was not given."""
     if config.data.workers is not None:
         return config
     return with_options(config, {"workers": usual_workers(device, world.local_size)})
@@ -46,7 +46,7 @@ def with_workers(config: Config, world: World, device: torch.device) -> Config:
 def fed_step(
     config: Config, spec: InputSpec, world: World, device: torch.device, train_flops: float | None, peak: Peak
 ) -> FedStep | None:
-    """The step that the loader of a GPU feeds. `train_flops`: of one image; `peak`: the GPU's."""
+    """A description of the step for a GPU's loader; None on a CPU. `train_flops`: of one image; `peak`: the GPU's."""
     if not cuda_path(device):
         return None
     model, step, optim, augment, spectra = config.model, config.step, config.optim, config.augment, config.spectra
@@ -72,7 +72,7 @@ def fed_step(
 
 
 def loaders_before(resumed: Checkpoint | None) -> dict[str, str]:
-    """What a run has decoded with so far, by split; empty for a new run, and where its checkpoint does not tell."""
+    """The decode backend that a run has used so far, by split; empty for a new run or if the checkpoint has none."""
     found = resumed.content.get(LOADERS) if resumed else None
     known = get_args(LoaderName)
     return {split: name for split, name in found.items() if name in known} if isinstance(found, dict) else {}
@@ -89,7 +89,7 @@ def make_train_loader(
     step: FedStep | None,
     before: Mapping[str, str],
 ) -> tuple[TrainPlan, Loader | SyntheticLoader, str]:
-    """The plan, the loader, and a line about it. Without a set: images that are made up. `before`: `loaders_before`."""
+    """The plan, the loader, and a line about it. `train` None: synthetic images. `before`: see `loaders_before`."""
     batch_size, accum_steps = batches_of_update(config, world.size)
     share = {"rank": world.rank, "world_size": world.size, "accum_steps": accum_steps}
     of_batch = {"img_size": spec.img_size, "batch_size": batch_size, "seed": config.run.seed}
@@ -100,8 +100,8 @@ def make_train_loader(
     wanted, there = config.optim.global_batch_size, train.num_samples
     if wanted and wanted > there:
         raise UserError(
-            f"--global-batch-size {wanted} is larger than the training set of {there} samples, which leaves no whole "
-            f"update. Use {there} or less."
+            f"--global-batch-size {wanted} is larger than the training set of {there} samples, so no update would be "
+            f"complete. Use {there} or less."
         )
     rules = train_rules(config)
     of_epoch = length_of_epoch(there, rules.repeats)
@@ -134,23 +134,23 @@ def make_val_loader(
         rank=world.rank,
         world_size=world.size,
     )
-    # A GPU decodes as it does for `validate`: a score does not depend on what was measured.
+    # A GPU decodes as for `validate`, so that a score does not depend on measured speeds.
     return open_loader(val, plan, device, _decoding(config, world, device, "val", before), say=world.say)
 
 
 @contextmanager
 def room_beside(*loaders: Loader | SyntheticLoader | None) -> Generator[None]:
-    """Where a GPU's memory does not suffice for what is done within, tell what the loaders' sets take of it.
+    """If the GPU runs out of memory within, report how much of it the loaders' sets take.
 
-    Raises `UserError` instead of torch's error where they take some.
+    Raises `UserError` instead of torch's error if they take any.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         if taken := sum(loader.resident_bytes for loader in loaders if loader):
             raise UserError(
-                f"{in_short(error)}. Decoded images take {size_in_words(taken)} of the GPU's memory: --loader dali "
-                "leaves that to training. Or give a smaller --batch-size."
+                f"{in_short(error)}. Decoded images take {size_in_words(taken)} of the GPU's memory: Free "
+                "that memory with --loader dali, or give a smaller --batch-size."
             ) from error
         raise
 

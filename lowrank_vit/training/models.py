@@ -1,4 +1,4 @@
-"""The model of a run and its EMA as they begin: drawn anew, from files of weights, or from the run's checkpoint."""
+"""A run's model and EMA at its start: randomly initialised, from weight files, or from the run's checkpoint."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from lowrank_vit.spectral.measures.initial import in_words, redraw_far_entries
 def make_model(
     config: Config, num_classes: int, of_data: tuple[Classes, Trust] | None, resumed: Checkpoint | None, say: Say
 ) -> nn.Module:
-    """The model on the CPU with the weights that a run starts or goes on from. Raises `UserError`.
+    """The model on the CPU with the weights that a run starts or continues from. Raises `UserError`.
 
-    `of_data`: the classes that the head is to tell apart, and what the flags say of classes that cannot be compared.
+    `of_data`: the data's classes, and the flags for classes that cannot be compared.
     """
     options, file = config.model, None
     if options.pretrained_path and not resumed:
@@ -56,13 +56,13 @@ def make_model(
     elif options.pretrained and of_data:
         tell_of_published_head(options.model, of_data[0], say)
     if options.fix_init and (redrawn := redraw_far_entries(model, config.run.seed)):
-        say(f"--fix-init has drawn anew {in_words(redrawn)}")
+        say(f"--fix-init has redrawn {in_words(redrawn)}")
     set_head(model, options.head_init_scale, options.head_init_bias)
     return model
 
 
 def begin_low_rank(config: Config, model: nn.Module, world: World, say: Say, *, is_resumed: bool) -> list[str]:
-    """Put the targets in factors, or give them adapters, in place, as the flags say; lines for the log.
+    """Factorise the targets or add adapters to them, in place, as the flags say. Returns lines for the log.
 
     A resumed model has them already. Raises `UserError`.
     """
@@ -71,14 +71,14 @@ def begin_low_rank(config: Config, model: nn.Module, world: World, say: Say, *, 
         start = config.model
         if not (start.pretrained or start.pretrained_path or start.initial_checkpoint):
             say(
-                "warning: --lora tunes adapters beside weights that stay as they are, and these are drawn anew. Give "
+                "warning: --lora trains adapters beside frozen weights, and these are randomly initialised. Give "
                 "weights to start from with --pretrained, --pretrained-path or --initial-checkpoint."
             )
         adapters = options.lora, options.lora_alpha, options.lora_dropout
         start_with_adapters(model, *adapters, options.lowrank_targets, img_size=config.data.img_size, say=say)
     if options.lowrank_init is None or is_resumed:
         return adapters_in_words(model)
-    world.progress.enter("decomposing the first weights")
+    world.progress.enter("decomposing the initial weights")
     line = start_in_factors(
         model,
         options.lowrank_init,
@@ -92,10 +92,10 @@ def begin_low_rank(config: Config, model: nn.Module, world: World, say: Say, *, 
 
 
 def with_ema_warmup(config: Config, num_updates: int) -> tuple[Config, list[str]]:
-    """Decide on --model-ema-warmup where it is left open, and say so.
+    """Choose --model-ema-warmup if it was not given. Returns the configuration and lines for the log.
 
-    Without it the first weights have the share decay^updates in the average, 5e-5 at 10 / (1 - decay) updates, and the
-    average spans a tenth of such a run. In a shorter one it would be of weights that are mostly too old.
+    Without warm-up the initial weights have the share decay^updates in the average: 5e-5 at 10 / (1 - decay) updates,
+    when the average spans a tenth of the run. In a shorter run the average would mostly be of weights that are too old.
     """
     options = config.model
     if not options.model_ema or options.model_ema_warmup is not None:
@@ -105,7 +105,7 @@ def with_ema_warmup(config: Config, num_updates: int) -> tuple[Config, list[str]
     config = with_options(config, {"model-ema-warmup": is_short})
     line = (
         f"EMA with warm-up, since {num_updates:,} updates are fewer than {enough:,} = 10 / (1 - "
-        f"{options.model_ema_decay:g}); --no-model-ema-warmup keeps the decay as it is"
+        f"{options.model_ema_decay:g}); --no-model-ema-warmup turns it off"
     )
     return config, [line] if is_short else []
 
@@ -118,6 +118,6 @@ def make_ema(config: Config, model: nn.Module, resumed: Checkpoint | None) -> Mo
     ema = ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=bool(options.model_ema_warmup))
     if resumed:
         if not resumed.has_ema:
-            raise UserError(f"{resumed.path} is of a run without an EMA. Resume it with --no-model-ema.")
+            raise UserError(f"{resumed.path} is from a run without an EMA. Resume it with --no-model-ema.")
         load_weights(ema.module, resumed, resumed.weights(use_ema=True, with_adapters=True), options.model)
     return ema

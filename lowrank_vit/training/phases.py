@@ -1,4 +1,4 @@
-"""The phases of a training run, told to whoever listens: what a bench or a profiler measures the real loop by."""
+"""The phases of a training run, reported to a listener, such as a bench or a profiler of the real loop."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ Phase = Literal[
     "epoch",  # the updates of one epoch
     "data",  # waiting for the next batch
     "augment",  # preparing a batch, as the loader does it: inside "data" on a CPU, on the loader's stream on CUDA
-    "step",  # one batch, with the five that follow inside
-    "inputs",  # what of normalising, mixing and erasing is not compiled with the model
+    "step",  # one batch; contains the next five
+    "inputs",  # the parts of normalising, mixing and erasing that are not compiled with the model
     "forward",
     "backward",
     "optimizer",  # clipping, the update and setting gradients to None
     "ema",
-    "refresh",  # copying the weights where spectra are due, and logging those that are finished
+    "refresh",  # copying the weights if spectra are due, and logging finished spectra
     "log",  # waiting for the device and writing a line of the log
-    "checkpoint",  # where one is due: copying the state, and waiting for the checkpoint before it to be written
+    "checkpoint",  # if one is due: copying the state, and waiting until the previous checkpoint is written
     "evaluation",
 ]
-"""A stretch of the loop. Phases are nested as said; what is in none of them is the loop's own."""
+"""A part of the loop. Phases are nested as noted; time outside of them belongs to the loop itself."""
 
 
 class PhaseListener(Protocol):
-    """Told of each phase when it begins and when it ends, be it by an error; on the host, which runs ahead of a GPU.
+    """Called when each phase begins and ends, also by an error; on the host, which runs ahead of a GPU.
 
-    Both are called where the phase is, with its stream current. They must draw no random number and change no tensor.
+    Both methods are called in the phase's thread, with its stream current. They must not draw random numbers or change
+    tensors.
     """
 
     def begin(self, phase: Phase) -> None:
@@ -63,14 +64,14 @@ _IN_WORDS: dict[Phase, str] = {
 
 
 _WAITS_FOR_THREADS: tuple[Phase, ...] = ("checkpoint", "refresh")
-"""Phases that may wait for a thread of this rank: the one before must be written, or computed again after a resume."""
+"""Phases that may wait for a thread of this rank, which writes the previous one, or recomputes it after a resume."""
 
 
 class ToldToRanks(PhaseListener):
-    """Tells the other ranks, by way of `Progress`, what this one is at; another listener hears all, too."""
+    """Reports this rank's phase to the other ranks through `Progress`; forwards all calls to another listener."""
 
     def __init__(self, progress: Progress, position: Position, listener: PhaseListener | None) -> None:
-        """`position` is that of the run; until it moves, and in the first validation, compilers have their time."""
+        """`position`: of the run. Until it moves, and in the first validation, compilation gets extra time."""
         self._progress, self._position, self._listener = progress, position, listener
         self._first: int | None = None
         self._open: list[Phase] = []
@@ -78,7 +79,7 @@ class ToldToRanks(PhaseListener):
         progress.updates = lambda: position.num_updates
 
     def begin(self, phase: Phase) -> None:
-        """Tell of it before the other listener hears of it."""
+        """Report the phase, then call the other listener."""
         if self._first is None:
             self._first = self._position.num_updates
         is_compiled = self._position.num_updates > self._first
@@ -91,7 +92,7 @@ class ToldToRanks(PhaseListener):
             self._listener.begin(phase)
 
     def end(self, phase: Phase) -> None:
-        """Tell of it after."""
+        """Call the other listener, then report the phase."""
         if self._listener:
             self._listener.end(phase)
         self._open.pop()
@@ -100,14 +101,14 @@ class ToldToRanks(PhaseListener):
     def _show(self, phase: Phase) -> None:
         now = self._open[-1] if self._open else "epoch"
         self._progress.what, self._progress.is_background = _IN_WORDS[now], now in _WAITS_FOR_THREADS
-        if phase == "augment":  # where that is done, and how far ahead, is each rank's own affair
+        if phase == "augment":  # each rank does this at its own time and lead
             self._progress.ticks += 1
         else:
             self._progress.place += 1
 
 
 class Phases:
-    """Brackets the phases of one run for a listener; without one it costs nothing."""
+    """Marks the phases of one run for a listener; without one it costs nothing."""
 
     def __init__(self, listener: PhaseListener | None = None) -> None:
         self._listener = listener
@@ -117,7 +118,7 @@ class Phases:
         return _SILENT if self._listener is None else _Told(self._listener, phase)
 
     def each(self, phase: Phase, items: Iterator[T]) -> Iterator[T]:
-        """Yield the same items; waiting for each of them, and for the end, is the phase."""
+        """Yield the same items; the phase is the wait for each item and for the end."""
         return items if self._listener is None else self._told_of_each(phase, items)
 
     def _told_of_each(self, phase: Phase, items: Iterator[T]) -> Iterator[T]:
@@ -134,7 +135,7 @@ class Phases:
                 close()
 
     def around(self, phase: Phase, function: Callable[P, T]) -> Callable[P, T]:
-        """Return the same function; each call of it is the phase."""
+        """Return a function whose every call is the phase."""
         if self._listener is None:
             return function
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a configuration and is cheap to find out: looked at before data are opened and converted."""
+"""Cheap checks of a configuration, made before data are opened and converted."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from lowrank_vit.spectral.heads import attention_blocks
 from lowrank_vit.spectral.layers import targets_of_model
 
 _WITHOUT_MIN_LR = ("none", "constant", "step", "multistep")
-"""Schedules of timm's that read no --min-lr."""
+"""timm's schedules that do not use --min-lr."""
 
 
 def check_before_data(config: Config, *, is_resumed: bool, world: World | None = None) -> None:
     """Raise `UserError` for names, policies, files, arguments and spectral targets that do not exist.
 
-    So for a global batch that does not fit the ranks, a model that cannot take the images, a schedule that cannot be
-    made, a tracker that is not installed, and W&B without a login or with a project that it refuses. With ImageNet to
-    be converted first, a typo would else be found out after an hour.
+    Also for a global batch size that does not fit the ranks, a model that cannot take the images, an impossible
+    schedule, a tracker that is not installed, and W&B without a login or with a refused project. Otherwise a typo would
+    only be found after ImageNet is converted, an hour later.
     """
     world = world or World()
     options = config.model
@@ -81,11 +81,11 @@ def _check_schedule(config: Config, world_size: int, *, is_resumed: bool) -> Non
     batch_size, accum_steps = batches_of_update(config, world_size)
     lr, origin = learning_rate(optim, batch_size * accum_steps * world_size)
     create_scheduler(optim, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr), updates_per_epoch=1000)
-    # A run that was begun before this was looked at may go on.
+    # A run of a version without this check may continue.
     if optim.min_lr > lr and optim.sched not in _WITHOUT_MIN_LR and not is_resumed:
         raise UserError(
             f"--min-lr {optim.min_lr:g}, at which the schedule ends, is above the peak learning rate {lr:.3g} "
-            f"({origin}): it would rise to the end. Give a smaller --min-lr or a greater --lr."
+            f"({origin}): it would rise towards the end. Give a smaller --min-lr or a larger --lr."
         )
 
 
@@ -98,11 +98,11 @@ def _check_low_rank(config: Config, model: nn.Module) -> None:
 
 
 def _check_forward(config: Config, model: nn.Module) -> None:
-    """Raise `UserError` for a model that cannot take an image of this size, or does not tell classes."""
+    """Raise `UserError` for a model that cannot take an image of this size, or is not a classifier."""
     side = input_spec(model, config.data.img_size, None).img_size
     try:
         logits = _logits(model, side)
-    except Exception as on_meta:  # some models look at numbers, which are not there without data
+    except Exception as on_meta:  # some models read values, which meta tensors lack
         try:
             logits = _logits(_made(config), side)
         except Exception as error:
@@ -111,18 +111,18 @@ def _check_forward(config: Config, model: nn.Module) -> None:
             reason = " ".join(str(error).split()) or type(error).__name__
             own = input_spec(model, None, None).img_size
             raise UserError(
-                f"--model {config.model.model} cannot take an image of {side} x {side} pixels and three colours: "
+                f"--model {config.model.model} cannot take an RGB image of {side} x {side} pixels: "
                 f"{reason}. Check --img-size (the model's own is {own}) and --model-kwargs."
             ) from on_meta
     if not isinstance(logits, torch.Tensor):
         raise UserError(
-            f"--model {config.model.model} makes a {type(logits).__name__} of one image where a tensor with a number "
-            "for each class is expected. Check --model-kwargs, or choose a model that tells classes."
+            f"--model {config.model.model} returns a {type(logits).__name__} for one image; a tensor of logits, one "
+            "for each class, is expected. Check --model-kwargs, or choose a classifier."
         )
     if logits.ndim != 2 or (config.model.num_classes and logits.shape[1] != config.model.num_classes):
         raise UserError(
-            f"--model {config.model.model} makes {tuple(logits.shape)} of one image where a number for each class is "
-            "expected. Check --model-kwargs, or choose a model that tells classes."
+            f"--model {config.model.model} returns the shape {tuple(logits.shape)} for one image; one logit for each "
+            "class is expected. Check --model-kwargs, or choose a classifier."
         )
 
 
@@ -133,16 +133,16 @@ def _logits(model: nn.Module, side: int) -> object:
 
 
 def refuse_batch_norm(model: nn.Module, name: str) -> None:
-    """Raise `UserError` for a model whose BatchNorm --sync-bn would change."""
+    """Raise `UserError` for a model with BatchNorm, which --sync-bn would change in timm."""
     if any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for module in model.modules()):
         raise UserError(
-            f"--sync-bn: --model {name} has BatchNorm, whose statistics are those of each process here, averaged for "
-            "validation. Leave the flag out."
+            f"--sync-bn: --model {name} has BatchNorm. Here each process has its own statistics, which are averaged "
+            "for validation. Leave the flag out."
         )
 
 
 def _made(config: Config) -> nn.Module:
-    """The model, with a head of any size where only the data tell the classes."""
+    """The model; its head has 2 outputs if only the data tell the number of classes."""
     options = config.model
     return create_model(
         options.model,

@@ -1,4 +1,4 @@
-"""The beginning of a run (anew, from --resume, or where an earlier attempt left off), and what it saves for that."""
+"""Starting a run (new, from --resume, or from an earlier attempt's checkpoint), and saving its state for that."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ from lowrank_vit.training.saved_state import LOW_RANK, check_counts, check_state
 from lowrank_vit.training.setup import Setup, silent
 
 _DECIDING = ("spec-monitor", "spec-every", "spec-full-every", "spec-targets", "spec-split-qkv", "spec-on-cpu")
-"""Options of the monitor on which it depends when --lowrank-train puts layers in factors."""
+"""The monitor's options that decide when --lowrank-train factorises layers."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What all ranks agree on before the run is set up."""
+    """The start of a run, agreed on by all ranks before setup."""
 
     config: Config
-    """Options, with --resume where an earlier attempt has left a checkpoint, and with what an older run means."""
+    """Options, with --resume set if an earlier attempt has left a checkpoint, and with the meaning of an older run."""
     resumed: Checkpoint | None
     earlier: Path | None
-    """The directory of an earlier attempt, to be used again."""
+    """The directory of an earlier attempt, to be reused."""
     names: list[str]
-    """What a restart knows this launch by, see `launch.py`; empty without torchrun."""
+    """The names by which a restart recognises this launch, see `launch.py`; empty without torchrun."""
 
 
 def find_start(config: Config, world: World) -> Start:
-    """Rank 0 looks for it and the others follow. Raises `UserError`."""
+    """Find where the run starts: rank 0 looks and tells the others. Raises `UserError`."""
     run = config.run
     world.progress.enter("looking for a checkpoint")
     names = launch.names(world)
@@ -64,7 +64,7 @@ def find_start(config: Config, world: World) -> Start:
     own = launch.own_checkpoint(earlier) if earlier else None
     resume, earlier = world.from_first((own or run.resume, earlier))
     if world.is_first and not resume and not earlier:
-        RunDir.require_free(run.output, run.experiment)  # before data are converted for nothing
+        RunDir.require_free(run.output, run.experiment)  # before converting data in vain
     config = replace(config, run=replace(run, resume=resume))
     resumed = _read_alike(resume, world) if resume else None
     if source_of(config.model.model):
@@ -78,10 +78,10 @@ def find_start(config: Config, world: World) -> Start:
 
 
 def finished(start: Start, world: World) -> tuple[RunState, int] | None:
-    """What a run of which nothing is left to do remembers, and its number of epochs; None for every other.
+    """The state of a finished run and its number of epochs; None if anything is left to do.
 
-    Rank 0 looks, and the others follow. What was to be sent to W&B, or a refresh of the spectra that a kill has cut
-    short, is left to be done.
+    Rank 0 looks and tells the others. A run with W&B, or with an interrupted refresh of the spectra, counts as
+    unfinished.
     """
     resumed, config, done = start.resumed, start.config, None
     if world.is_first and resumed and "wandb" not in trackers(config.tracking):
@@ -94,8 +94,8 @@ def finished(start: Start, world: World) -> tuple[RunState, int] | None:
         if state.position.epoch >= num_epochs:
             check_counts(resumed, updates_per_epoch)
         if state.position.epoch >= num_epochs and not _has_spectra_to_do(config, resumed.path.parent, updates):
-            run_dir = RunDir.reopen(resumed.path.parent)  # nobody else has it; leftovers of writing go
-            if start.earlier == resumed.path.parent:  # a run that this attempt begins next is not this one
+            run_dir = RunDir.reopen(resumed.path.parent)  # nobody else uses it; unfinished files are removed
+            if start.earlier == resumed.path.parent:  # so that this attempt's next run is told from this one
                 run_dir.write_text(launch.MARK, launch.mark(run_dir.path, start.names))
             run_dir.close()
             done = state, num_epochs
@@ -108,8 +108,8 @@ def _has_spectra_to_do(config: Config, folder: Path, updates: int) -> bool:
 
 
 def _read_alike(path: Path, world: World) -> Checkpoint:
-    """The checkpoint, which must be the same file on every rank. Raises `UserError`."""
-    advice = "It must be on a disk that all nodes see; give such an --output or --resume."
+    """Read the checkpoint, which must be the same file on every rank. Raises `UserError`."""
+    advice = "It must be on a disk that all nodes share: choose --output or --resume there."
     resumed = read_checkpoint(path) if world.is_first else None
     expected = world.from_first(_size_and_updates(path, resumed) if resumed else None)
     if resumed:
@@ -117,12 +117,12 @@ def _read_alike(path: Path, world: World) -> Checkpoint:
     try:
         resumed = read_checkpoint(path)
     except UserError as error:
-        raise UserError(f"On {socket.gethostname()}: {error} Rank 0 has read that file. {advice}") from error
+        raise UserError(f"On {socket.gethostname()}: {error} Rank 0 could read that file. {advice}") from error
     found = _size_and_updates(path, resumed)
     if found != expected:
         raise UserError(
-            f"{path} on {socket.gethostname()} is not the file that rank 0 has read: (bytes, updates) are {found}, "
-            f"there {expected}. {advice}"
+            f"{path} on {socket.gethostname()} is not the file that rank 0 has read: (bytes, updates) are {found} "
+            f"here and {expected} there. {advice}"
         )
     return resumed
 
@@ -133,7 +133,7 @@ def _size_and_updates(path: Path, checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def open_run_dir(start: Start, default_name: str) -> RunDir:
-    """The directory that rank 0 writes to. Raises `UserError`."""
+    """Open or create the run directory, on rank 0. Raises `UserError`."""
     run = start.config.run
     folder = start.resumed.path.parent if start.resumed else start.earlier
     run_dir = RunDir.reopen(folder) if folder else RunDir.create(run.output, run.experiment, default_name)
@@ -145,16 +145,16 @@ def open_run_dir(start: Start, default_name: str) -> RunDir:
 
 
 def capture(setup: Setup, state: RunState) -> dict[str, Any]:
-    """Make a checkpoint's content in timm's layout, tensors and plain values only (loads with `weights_only=True`).
+    """Make a checkpoint's content in timm's layout, only tensors and plain values (loads with `weights_only=True`).
 
-    Between two updates. Every rank calls it together; all get the same but for statistics of normalisation.
+    Call it between two updates, on all ranks together. All get the same, except for statistics of normalisation.
     """
     step, position, config = setup.step.state_dict(), state.position, setup.config
     content: dict[str, Any] = {
-        "version": 2,  # of timm's layout
+        "version": 2,  # version of timm's layout
         meaning.KEY: meaning.now(),
         "arch": config.model.model,
-        "epoch": position.epoch - 1,  # the last that is finished
+        "epoch": position.epoch - 1,  # the last finished epoch
         "state_dict": setup.model.state_dict(),
         "optimizer": setup.optimizer.state_dict(),
         "metric": state.best.best_metric,
@@ -162,7 +162,7 @@ def capture(setup: Setup, state: RunState) -> dict[str, Any]:
         "progress": state.state_dict(),
         "step": {"num_updates": position.num_updates, **step},
         IS_FINITE: _is_finite(setup) & (step["meter"]["bad_update"] == NEVER),
-        # Where the loader stands, or will stand when it is asked: an epoch that is at its end is not yet finished.
+        # The loader's position, now or when it is next asked: an epoch at its end is not yet finished.
         "data": {**setup.train_loader.state_dict(), "epoch": position.epoch, "update": position.updates_done},
         LOADERS: {"train": setup.train_loader.name, **({"val": setup.val_loader.name} if setup.val_loader else {})},
         "num_classes": setup.num_classes,
@@ -184,7 +184,7 @@ def capture(setup: Setup, state: RunState) -> dict[str, Any]:
 
 @torch.no_grad()
 def _is_finite(setup: Setup) -> Tensor:
-    """() bool on the device, known once the device has come so far: whether weights, EMA and optimizer hold numbers."""
+    """Whether weights, EMA and optimizer are finite: a bool tensor () on the device, computed asynchronously."""
     tensors = [*setup.model.parameters(), *(setup.ema.module.parameters() if setup.ema else ())]
     states = (value for state in setup.optimizer.state.values() for value in state.values())
     tensors += [value for value in states if isinstance(value, Tensor) and value.is_floating_point() and value.ndim]
@@ -192,10 +192,10 @@ def _is_finite(setup: Setup) -> Tensor:
 
 
 def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]) -> Config:
-    """`config`, where options that the run knew nothing of have the values that give its own meaning.
+    """`config` with the values that options newer than the run need to keep the run's own meaning.
 
-    Only those that stand at their defaults. `say` is told of each. Raises `UserError` for options of another run, and
-    where this program cannot go on as the run began.
+    Only options at their defaults are changed, and `say` reports each. Raises `UserError` for options of another run,
+    and if this program cannot continue the run as it began.
     """
     resumed.training_state("args")
     number, args = resumed.meaning, resumed.checked_args()
@@ -207,7 +207,7 @@ def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]
         config = with_options(config, old)
         if old:
             values = ", ".join(f"--{name} {_plain(value)}" for name, value in old.items())
-            say(f"note: {resumed.path} is of an older run: {change.what}. It goes on as it began: {values}")
+            say(f"note: {resumed.path} is from an older run: {change.what}. It continues as it began: {values}")
     left_open = [
         name
         for name, hint, value in leaves(config)
@@ -219,7 +219,7 @@ def as_resumed(config: Config, resumed: Checkpoint, say: Callable[[str], object]
 
 
 def restore(setup: Setup, state: RunState, resumed: Checkpoint) -> None:
-    """Put back all but weights and EMA, which the setup has already. Raises `UserError`, before anything is used."""
+    """Restore all state except weights and EMA, which the setup has. Raises `UserError` before anything is used."""
     check_state(resumed)
     check_counts(resumed, setup.plan.updates_per_epoch)
     try:
@@ -237,17 +237,17 @@ def restore(setup: Setup, state: RunState, resumed: Checkpoint) -> None:
         raise UserError(f"{resumed.path}: {error}") from error
     if setup.low_rank:
         setup.low_rank.load_state_dict(resumed.training_state(LOW_RANK))
-    # Within an epoch the optimizer's own learning rates are those of the interrupted run, to the bit.
+    # Within an epoch, the optimizer's saved learning rates are those of the interrupted run, to the bit.
     if state.position.updates_done == 0:
         setup.scheduler.step(state.position.epoch)
     setup.scheduler.step_update(state.position.num_updates)
 
 
 def _check_same_run(config: Config, resumed: Checkpoint) -> None:
-    """Raise `UserError` for options that would make another run of it: the optimizer's state holds the old ones."""
+    """Raise `UserError` for options that would make it another run: the optimizer's state belongs to the old ones."""
     usual = {
         name: _plain(value) for name, _, value in leaves(Config())
-    }  # what is meant by an option that it knew nothing of
+    }  # the meaning of an option that the run did not know
     args = {**usual, **meaning.values_before(resumed.meaning, resumed.args), **resumed.args}
     is_low_rank = config.lowrank.lowrank_train != "none"
     follows = _has_shortened_warmup(config.optim, args)
@@ -259,15 +259,16 @@ def _check_same_run(config: Config, resumed: Checkpoint) -> None:
     ]
     if changed:
         raise UserError(
-            f"{resumed.path} belongs to a run with other options: {'; '.join(changed)}. Resume with the run's own "
-            f"(--config {resumed.path.parent / 'args.yaml'}), or start anew from its weights with --initial-checkpoint."
+            f"{resumed.path} belongs to a run with other options: {'; '.join(changed)}. Resume with the run's "
+            f"own (--config {resumed.path.parent / 'args.yaml'}), or start a new run from its weights with "
+            "--initial-checkpoint."
         )
 
 
 def _has_shortened_warmup(now: Optim, args: dict[str, Any]) -> bool:
-    """Whether one --warmup-epochs, shortened where --epochs left no room for it, is that of the run and of now.
+    """Whether the run and this command have the same --warmup-epochs, except that few --epochs have shortened it.
 
-    It is the longer one of both: fewer epochs than that have shortened the other.
+    The longer of the two is the requested one; the other was shortened by a smaller number of epochs.
     """
     before, epochs = args["warmup-epochs"], args["epochs"]
     if now.warmup_prefix or not isinstance(before, int) or not isinstance(epochs, int):

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold before a run goes on from it: each value of its kind, and counts that agree."""
+"""Checks of a checkpoint before a run continues from it: the type of every value, and consistent counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowrank_vit.model.weights import Checkpoint, in_words
 
 
 class _Kind(NamedTuple):
-    """Values that a place may hold."""
+    """The values that an entry may have."""
 
     in_words: str
     fits: Callable[[Any], bool]
@@ -64,10 +64,10 @@ _LATER_PROGRESS = {
     "best_scores": _Kind("scores by name", _maps(_is_text, _is_number)),
     "better": _Kind("model, ema or empty", lambda value: isinstance(value, str) and value in ("", "model", "ema")),
     "is_chosen_by_ema": _Kind("True or False", lambda value: isinstance(value, bool)),
-    "wandb_id": _Kind("a text", _is_text),  # which newer files have among `tracker_ids`
+    "wandb_id": _Kind("a text", _is_text),  # newer files have it among `tracker_ids`
     "tracker_ids": _Kind("texts by name", _maps(_is_text, _is_text)),
 }
-"""What files of older runs may lack."""
+"""Entries that files of older runs may lack."""
 _STEP = {
     "num_updates": _COUNT,
     "scaler": _Kind("a mapping of names to numbers", _maps(_is_text, _is_finite)),
@@ -93,10 +93,10 @@ _METER = {
     "lrs": _Kind("learning rates by update", _maps(_is_whole, _is_finite)),
 }
 _SLOW = "lookahead_slow_buff"
-"""What Lookahead keeps of a parameter, among what its inner optimizer does."""
+"""Lookahead's entry among the state of its inner optimizer."""
 _DATA = {"epoch": _COUNT, "update": _COUNT}
 LOW_RANK = "lowrank"
-"""Key of what --lowrank-train remembers, in a checkpoint of a run that has it."""
+"""Key in a checkpoint of the state of --lowrank-train."""
 _RANKS = _Kind("ranks by layer", _maps(_is_text, lambda value: _is_whole(value) and value > 0))
 _MAPPING = _Kind("a mapping", lambda value: isinstance(value, dict))
 _SETTLING = {
@@ -117,10 +117,10 @@ _LOW_RANK = {
 
 
 def check_state(resumed: Checkpoint) -> None:
-    """Raise `UserError` where a part of a run's checkpoint is missing, unknown or not of its kind.
+    """Raise `UserError` if an entry of a run's checkpoint is missing, unknown or of the wrong type.
 
-    The counts are looked at by `check_counts`, the optimizer's state by `load_optimizer`, the weights' names and shapes
-    where they are loaded.
+    `check_counts` checks the counts, and `load_optimizer` the optimizer's state. Names and shapes of weights are
+    checked when they are loaded.
     """
     progress, step, data = (resumed.training_state(key) for key in ("progress", "step", "data"))
     _check(resumed, "progress", progress, _PROGRESS, _LATER_PROGRESS, is_all=True)
@@ -138,43 +138,43 @@ def check_state(resumed: Checkpoint) -> None:
         _check(resumed, f"{LOW_RANK}.settling", of_run["settling"], _SETTLING, _LATER_SETTLING, is_all=True)
     names = resumed.content.get("class_names")
     if names is not None and resumed.class_names is None:
-        raise _wrong(resumed, f"its `class_names` is {in_words(names)}, where a list of names belongs")
+        raise _wrong(resumed, f"its `class_names` is {in_words(names)}, not a list of names")
     for what in ("state_dict", "state_dict_ema"):
         for name, tensor in resumed.content.get(what, {}).items():
-            if tensor.isnan().any():  # infinite values are the bounds of some models
-                raise _wrong(resumed, f"its `{what}` has values that are no numbers, in {name}")
+            if tensor.isnan().any():  # some models have infinite bounds
+                raise _wrong(resumed, f"its `{what}` has NaN values in {name}")
 
 
 def check_counts(resumed: Checkpoint, updates_per_epoch: int) -> None:
-    """Raise `UserError` where a checkpoint's counts of epochs and updates contradict one another."""
+    """Raise `UserError` if a checkpoint's counts of epochs and updates contradict each other."""
     progress, data = resumed.content["progress"], resumed.content["data"]
     epoch, done, logged = (progress[name] for name in ("epoch", "updates_done", "updates_logged"))
     updates, since = resumed.content["step"]["num_updates"], len(resumed.content["step"]["meter"]["lrs"])
     if updates != epoch * updates_per_epoch + done or logged + since != done or done > updates_per_epoch:
         raise _wrong(
             resumed,
-            f"its counts contradict one another: {updates} updates, and {epoch} epochs of {updates_per_epoch} with "
+            f"its counts contradict each other: {updates} updates, but {epoch} epochs of {updates_per_epoch} and "
             f"{done} more, {logged} of them logged and {since} not",
         )
     if resumed.epoch != epoch - 1:
-        raise _wrong(resumed, f"its counts contradict one another: {epoch} epochs, and {resumed.epoch + 1}")
+        raise _wrong(resumed, f"its counts contradict each other: {epoch} epochs and {resumed.epoch + 1}")
     if 0 < done < updates_per_epoch and (data["epoch"], data["update"]) != (epoch, done):
         raise _wrong(
             resumed,
-            f"its data are at epoch {data['epoch']}, update {data['update']}, and the run at {epoch}, {done}",
+            f"its data are at epoch {data['epoch']}, update {data['update']}, but the run is at {epoch}, {done}",
         )
 
 
 def load_optimizer(optimizer: Optimizer, resumed: Checkpoint) -> None:
-    """Give the optimizer the saved state. Raises `UserError` for one that its next step could not use."""
+    """Load the saved state into the optimizer. Raises `UserError` for a state that its next step could not use."""
     saved, base = resumed.training_state("optimizer"), getattr(optimizer, "_base_optimizer", optimizer)  # of Lookahead
     expected = _after_a_step(base)
     groups = optimizer.state_dict()["param_groups"]
     try:
         if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
-            raise ValueError("its groups are of other parameters")
+            raise ValueError("its groups have other parameters")
         optimizer.load_state_dict(saved)
-    except Exception as error:  # what is no state fails in many ways
+    except Exception as error:  # a wrong state fails in many ways
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(f"{resumed.path} was saved with another optimizer, or is damaged: {reason}.") from error
     for n, (group, before) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
@@ -200,9 +200,9 @@ def load_optimizer(optimizer: Optimizer, resumed: Checkpoint) -> None:
 
 
 def _after_a_step(optimizer: Optimizer) -> dict[Tensor, Mapping[str, Any]]:
-    """What an optimizer keeps of each parameter, seen in a copy that makes a step; empty where that cannot be tried.
+    """The state that an optimizer has of each parameter after a step of a copy; empty if that cannot be tried.
 
-    So it is known for each of timm's optimizers, whose states have shapes of their own. The copy goes at once.
+    This covers all of timm's optimizers, whose states have different shapes. The copy is freed at once.
     """
     try:
         twin = copy.deepcopy(optimizer)
@@ -216,19 +216,19 @@ def _after_a_step(optimizer: Optimizer) -> dict[Tensor, Mapping[str, Any]]:
             for group, other in pairs
             for parameter, copied in zip(group["params"], other["params"], strict=True)
         }
-    except Exception:  # some take what no step here gives them, such as a closure
+    except Exception:  # some need what a step here does not give, such as a closure
         return {}
 
 
 def _outline(value: Any) -> Any:
-    """A tensor without its values, whose memory goes."""
+    """A tensor as a meta tensor, to free its memory; other values unchanged."""
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 
 def _is_like(value: Any, wanted: Any) -> bool:
-    """Whether a part of an optimizer's state is of the shape and type that it has after a step, and finite.
+    """Whether an entry of an optimizer's state has the shape and dtype that it has after a step, and is finite.
 
-    Fused steps write to memory by them unseen.
+    Fused steps write to memory by these shapes without a check.
     """
     if isinstance(value, Tensor) and isinstance(wanted, Tensor):
         is_same = (value.shape, value.dtype, oddity(value)) == (wanted.shape, wanted.dtype, "")
@@ -237,7 +237,7 @@ def _is_like(value: Any, wanted: Any) -> bool:
 
 
 def _is_alike(before: Any, now: Any) -> bool:
-    """Whether a value of a group of parameters is of the kind that it had."""
+    """Whether a value of a parameter group has the same type as before."""
     if isinstance(before, bool) or before is None or isinstance(before, str):
         return type(now) is type(before) or (before is None and _is_finite(now)) or now is None
     if isinstance(before, list | tuple):
@@ -254,7 +254,7 @@ def _check(
     *,
     is_all: bool = False,
 ) -> None:
-    """Compare a mapping with the kinds of its values; `is_all`: it may hold nothing else."""
+    """Check a mapping's values against their kinds; with `is_all` it may have no other entries."""
     known = {**kinds, **(optional or {})}
     for name in kinds:
         if name not in found:
@@ -262,10 +262,10 @@ def _check(
     for name, value in found.items():
         if name in known and not known[name].fits(value):
             raise _wrong(
-                resumed, f"its `{place}` has {in_words(value)} for `{name}`, where {known[name].in_words} belongs"
+                resumed, f"its `{place}` has {in_words(value)} for `{name}`, but {known[name].in_words} is expected"
             )
         if is_all and name not in known:
-            raise _wrong(resumed, f"its `{place}` holds {in_words(name)}, which is not known here")
+            raise _wrong(resumed, f"its `{place}` has the unknown entry {in_words(name)}")
 
 
 def _wrong(resumed: Checkpoint, what: str) -> UserError:
@@ -273,7 +273,7 @@ def _wrong(resumed: Checkpoint, what: str) -> UserError:
     there = f" ({', '.join(others[:3])})" if others else ""
     return UserError(
         f"{resumed.path} cannot be resumed: {what}. It is damaged, or was written by a newer or another program. Give "
-        f"another checkpoint of the run{there}, or start anew from its weights with --initial-checkpoint."
+        f"another checkpoint of the run{there}, or start a new run from its weights with --initial-checkpoint."
     )
 
 

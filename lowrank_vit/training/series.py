@@ -1,8 +1,8 @@
-"""`train --seeds 0 1 2`: one configuration under several seeds, one run after another, each in a process of its own.
+"""`train --seeds 0 1 2`: one configuration with several seeds, one run after another, each in its own process.
 
-A process each, since a run then has the bits that it has alone, gives back all memory at its end, and can take nothing
-with it when it fails; compiled code is kept on disk, so that only the first run waits for it. The same command line
-goes on with a series: a run that has a checkpoint is resumed, one that is through says so in seconds.
+With its own process, a run has the same bits as alone, frees all memory at its end, and cannot harm the others when it
+fails. Compiled code is kept on disk, so only the first run waits for the compiler. The same command line continues a
+series: a run with a checkpoint is resumed, and a finished run ends in seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowrank_vit.run.directory import LAST
 from lowrank_vit.training.stop import handled
 
 _TO_MEND = 2
-"""Exit code of what the user has to mend, which the other runs would meet as well."""
+"""Exit code of an error that the user has to correct, which the other runs would have too."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class SeedRun:
     seed: int
     path: Path
     exit_code: int
-    """Of its process; below 0 by a signal."""
+    """Exit code of its process; negative for a signal."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """What became of it."""
+    """The outcome of a series."""
 
     runs: list[SeedRun]
-    """Those that were begun, or gone on with."""
+    """The runs that were started or continued."""
     stopped_by: str = ""
-    """The signal's name on which it ended before its last run."""
+    """The name of the signal that ended it before its last run; empty if none did."""
 
     @property
     def failed(self) -> list[SeedRun]:
@@ -53,10 +53,10 @@ class Series:
 
 
 def run_series(config: Config, command: Sequence[str], series: str, is_done: Callable[[Path], bool]) -> Series:
-    """Train under each of --seeds; `command` is the line that trains, without --seeds, --seed and --experiment.
+    """Train with each of --seeds; `command` is the training command without --seeds, --seed and --experiment.
 
-    A run that fails is no reason to leave the others out, unless the user has to mend something. One that ends without
-    being through (`is_done`) was stopped, and so is the series; signals for this process are passed on to the run.
+    If a run fails, the others still run, unless the user has to correct something. A run that ends unfinished
+    (`is_done`) was stopped, and the series stops too. Signals to this process are passed on to the run.
     """
     seeds, runs = config.run.seeds or (), list[SeedRun]()
     paths = {seed: config.run.output / f"{series}-seed{seed}" for seed in seeds}
@@ -67,7 +67,7 @@ def run_series(config: Config, command: Sequence[str], series: str, is_done: Cal
         for number, seed in enumerate(seeds, 1):
             path = paths[seed]
             resume = ["--resume", str(path / LAST)] if (path / LAST).exists() else []
-            say(f"\nseed {seed}, {number} of {len(seeds)}: {path}" + " (goes on)" * bool(resume))
+            say(f"\nseed {seed}, {number} of {len(seeds)}: {path}" + " (resumed)" * bool(resume))
             line = [*command, "--seed", str(seed), "--experiment", path.name, *resume]
             code = child.run(line)
             runs.append(SeedRun(seed, path, code))
@@ -81,7 +81,7 @@ def run_series(config: Config, command: Sequence[str], series: str, is_done: Cal
 
 
 def require_free(path: Path) -> None:
-    """Raise `UserError` where a run of a series could not begin, nor go on: before others have taken their hours."""
+    """Raise `UserError` if a run could neither start nor continue; called before other runs have taken hours."""
     from lowrank_vit.common.locks import holder, is_locked
     from lowrank_vit.run.directory import RunDir
 
@@ -92,7 +92,7 @@ def require_free(path: Path) -> None:
 
 
 def unused_name(output: Path, default: str, seeds: Sequence[int]) -> str:
-    """A series' name by the time, of which there is no run yet."""
+    """A name for a series, with the time, that no run uses yet."""
     name = began = f"{default}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
     while any((output / f"{name}-seed{seed}").exists() for seed in seeds):
@@ -102,30 +102,30 @@ def unused_name(output: Path, default: str, seeds: Sequence[int]) -> str:
 
 
 def own_command(argv: Sequence[str], module: str) -> list[str]:
-    """The words that have started this process, up to the options `argv`; of a call from Python `python -m MODULE`."""
+    """The command that started this process, without the options `argv`; `python -m MODULE` if called from Python."""
     words = sys.orig_argv
     at = len(words) - len(argv)
     return [sys.executable, *words[1:at]] if at > 1 and words[at:] == list(argv) else [sys.executable, "-m", module]
 
 
 class _Child:
-    """The run's process, to which signals for this one go; the first is remembered."""
+    """The run's process, which gets the signals sent to this one; the first signal is remembered."""
 
     def __init__(self) -> None:
         self.signal = 0
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, command: list[str]) -> int:
-        """The exit code of a process that shares the terminal, and is told to save and end where this one is killed."""
+        """Run a process on the same terminal and return its exit code. If this process is killed, it gets SIGTERM."""
         self._process = subprocess.Popen(command, preexec_fn=signalled_with_parent(signal.SIGTERM))
-        if self.signal:  # it came between two runs
+        if self.signal:  # the signal came between two runs
             self._process.send_signal(self.signal)
         code = self._process.wait()
         self._process = None
         return code
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
-        """A handler of signals."""
+        """Signal handler: remember the signal and send it to the run."""
         self.signal = self.signal or number
         if self._process is not None:
             self._process.send_signal(number)

@@ -1,4 +1,4 @@
-"""Make all that a run works with from its configuration; whatever can be wrong with it is found here."""
+"""Make everything that a run needs from its configuration; all errors of the configuration are found here."""
 
 from __future__ import annotations
 
@@ -64,17 +64,17 @@ SYNTHETIC_CLASSES = 1000
 
 @dataclass
 class Setup:
-    """All that a run works with, on one device and ready to go."""
+    """Everything that a run needs, on one device and ready."""
 
     config: Config
-    """Options, with what was chosen where they left it open."""
+    """Options, with values chosen for those that were not given."""
     device: torch.device
     num_classes: int
     class_names: list[str] | None
-    """Names in label order, where the data tell."""
+    """Names in label order, if the data have names."""
     spec: InputSpec
     model: nn.Module
-    """Raw, not compiled."""
+    """The raw module, not compiled."""
     ema: ModelEmaV3 | None
     plan: TrainPlan
     optimizer: Optimizer
@@ -82,19 +82,20 @@ class Setup:
     num_epochs: int
     step: TrainStep
     evaluators: dict[str, Evaluator]
-    """Evaluators by prefix of the metric's name: "" for the model, "ema_" for its EMA. None without validation data."""
+    """Evaluators by prefix of the metric's name: "" for the model, "ema_" for its EMA. Empty without validation
+    data."""
     flows: FlowWatch | None
-    """With --spec-flows, where there are validation data."""
+    """Set with --spec-flows and validation data."""
     low_rank: LowRankTraining | None
-    """With --lowrank-train."""
+    """Set with --lowrank-train."""
     train_loader: Loader | SyntheticLoader
     val_loader: Loader | None
     val_batch: int
     train_flops: float | None
-    """Floating-point operations of training on one image; None where they cannot be counted."""
+    """FLOPs of training on one image; None if they cannot be counted."""
     peak: Peak
     description: list[str]
-    """What was made, a line each."""
+    """Lines for the log about what was made."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class _Sets:
 
     @property
     def by_name(self) -> dict[str, Beton]:
-        """Both, by what a message calls them."""
+        """Both sets, by their names in messages."""
         return {"training set": self.train, "validation set": self.val}
 
     @property
@@ -115,7 +116,7 @@ class _Sets:
         return Classes(str(self.train.path), max(self.train.num_classes, self.val.num_classes), self.train.classes)
 
     def follow(self, resumed: Checkpoint, config: Config, say: Say) -> None:
-        """Give the sets the labels that the run was trained with. Raises `UserError` where its classes were others."""
+        """Map the sets' labels to those of the resumed run. Raises `UserError` if its classes were others."""
         names = resumed.class_names
         model = Classes(str(resumed.path), len(names) if names else self.classes.count, names)
         advice = "Give the data that the run was trained on."
@@ -125,7 +126,7 @@ class _Sets:
                 f"{differences(self.classes.names or (), self.classes.what, names, 'there')}. {advice} {TRUST}"
             )
         of_data = self.classes
-        if not names and not self.train.manifest:  # the validation set's, which older runs did not take
+        if not names and not self.train.manifest:  # these names come from the validation set; older runs had none
             of_data = replace(of_data, names=None)
         found = match(of_data, model, trust_in(config), advice)
         for remark in found.remarks:
@@ -135,7 +136,7 @@ class _Sets:
 
 
 def trust_in(config: Config) -> Trust:
-    """What the flags say of classes that cannot be compared."""
+    """The flags for classes that cannot be compared."""
     return Trust(config.model.trust_labels, config.model.class_order)
 
 
@@ -146,9 +147,9 @@ def set_up(
     position: Position | None = None,
     phases: Phases = NOBODY_LISTENS,
 ) -> Setup:
-    """Make all but the run directory; weights and EMA are those of `resumed` if given. Raises `UserError`.
+    """Make everything but the run directory; weights and EMA come from `resumed` if given. Raises `UserError`.
 
-    Every rank makes the same, but for its own share of the data. `position`, `phases`: see `TrainStep`.
+    All ranks make the same, except for their share of the data. `position`, `phases`: see `TrainStep`.
     """
     world = world or World()
     device = pick_device(config.step.device, world.local_rank)
@@ -193,7 +194,7 @@ def set_up(
     lr, lr_origin = learning_rate(config.optim, plan.global_batch)
     optimizer = create_optimizer(config.optim, model, lr)
     scheduler, num_epochs = create_scheduler(config.optim, optimizer, plan.updates_per_epoch, config.run.seed)
-    if config.lowrank.lowrank_decay == "product" and not resumed:  # a resumed run's groups say so
+    if config.lowrank.lowrank_decay == "product" and not resumed:  # a resumed run's groups have it already
         decay_product(optimizer, scheduler, model)
     config, ema_line = with_ema_warmup(config, num_epochs * plan.updates_per_epoch)
     ema = make_ema(config, model, resumed)
@@ -295,7 +296,7 @@ def _must_compile(config: Config, loader: str, device: torch.device) -> bool:
 
 
 def silent(line: str) -> None:
-    """Say nothing: for the ranks that do not speak."""
+    """Print nothing: for all ranks but the first."""
 
 
 def _batch_in_words(plan: TrainPlan) -> str:
@@ -305,7 +306,7 @@ def _batch_in_words(plan: TrainPlan) -> str:
 
 
 def _with_full_every(config: Config, model: nn.Module, device: torch.device) -> Config:
-    """Decide on --spec-full-every where it is left open."""
+    """Choose --spec-full-every if it was not given."""
     spec = config.spectra
     if not spec.spec_monitor or spec.spec_full_every is not None:
         return config
@@ -322,14 +323,14 @@ def _targets(config: Config, model: nn.Module) -> dict[str, Target]:
 
 
 def keep_compiled_code(folder: Path | None) -> Path:
-    """Have torch.compile keep its code in `folder`, so that the next start need not compile; returns where it is kept.
+    """Let torch.compile cache its code in `folder`, so that the next start need not compile; returns the folder used.
 
-    Without `folder`: TORCHINDUCTOR_CACHE_DIR if the environment has it, else lowrank-vit/ in the user's cache folder
-    (torch's own default is in /tmp, which clusters empty). Call it before anything is compiled. Raises `UserError` if
-    the folder cannot be made.
+    Without `folder`: TORCHINDUCTOR_CACHE_DIR if it is set, otherwise lowrank-vit/ in the user's cache folder (torch's
+    own default is in /tmp, which clusters clear). Call it before anything is compiled. Raises `UserError` if the folder
+    cannot be made.
     """
     kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    # torch itself writes its default there when it is imported; what else stands there is the user's.
+    # torch sets the variable to its default on import; any other value is the user's.
     if folder is None and kept and not kept.startswith(f"{tempfile.gettempdir()}/torchinductor_"):
         return Path(kept)
     folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowrank-vit"
@@ -337,18 +338,18 @@ def keep_compiled_code(folder: Path | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{folder}, where compiled code is to be kept, cannot be made: {error.strerror}. Choose another folder "
+            f"{folder}, the folder for compiled code, cannot be made: {error.strerror}. Choose another folder "
             "with --compile-cache."
         ) from error
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve())  # Triton's cache lies in it
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.resolve())  # Triton's cache is inside
     return folder
 
 
 def set_float32_policy(device: torch.device, *, tf32: bool) -> None:
-    """Set whether float32 products and convolutions of the training step may use TF32 on CUDA (11 bits of mantissa).
+    """Set whether float32 products and convolutions of the training step may use TF32 on CUDA (10 bits of mantissa).
 
-    float64, which the spectra are computed in, is never affected, nor is a CPU. Convolutions also try out which of
-    cuDNN's algorithms is the fastest for their one shape, as in timm.
+    float64, in which spectra are computed, is never affected, nor is a CPU. Convolutions also choose the fastest of
+    cuDNN's algorithms for their shape by trying them, as in timm.
     """
     if not cuda_path(device):
         return

@@ -1,6 +1,6 @@
 """One training step: normalise, mix, erase, forward, loss, backward, update.
 
-The host never waits for the device here, but where it is so far ahead that the device cannot run dry (`Pace`).
+The host never waits for the device here, unless it is so far ahead that the device has enough work (`Pace`).
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from lowrank_vit.run.state import Position
 from lowrank_vit.training.phases import NOBODY_LISTENS, Phases
 
 RUN_AHEAD = 3
-"""Batches whose steps may be under way on the device when the host begins the next one."""
+"""How many steps may be queued on the device when the host begins the next one."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """timm's SoftTargetCrossEntropy, or its BinaryCrossEntropy where `is_binary`; targets are smoothed and mixed."""
+    """timm's SoftTargetCrossEntropy, or its BinaryCrossEntropy if `is_binary`; for smoothed and mixed targets."""
 
     is_binary: bool = False
     sums_classes: bool = False
-    """Binary: the sum over the classes instead of their mean."""
+    """Binary: sum over the classes instead of taking the mean."""
     threshold: float | None = None
     """Binary: targets above it count as 1, others as 0."""
 
     @classmethod
     def of(cls, config: Config) -> Loss:
-        """The loss that the flags ask for."""
+        """The loss chosen by the flags."""
         augment = config.augment
         return cls(augment.bce_loss, augment.bce_sum, augment.bce_target_thresh)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean over the batch; float32 (B, C) logits and soft targets in 0-1."""
+        """The mean loss over the batch, float32 (); logits and soft targets (0-1) are float32 (B, C)."""
         if not self.is_binary:
             return torch.sum(-targets * torch.log_softmax(logits, dim=1), dim=1).mean()
         if self.threshold is not None:
@@ -65,19 +65,19 @@ class Loss:
 
 
 def stream_of_step(config: Config, world: World) -> torch.cuda.Stream | None:
-    """A stream for the loop that comes before the spectra's; None where nothing is to come behind, and on a CPU."""
+    """A stream for the loop with priority over the spectra's; None without the monitor, and on a CPU."""
     device = pick_device(config.step.device, world.local_rank)
     return side_stream(device, FIRST) if config.spectra.spec_monitor else None
 
 
 class TrainStep:
-    """Updates `model` (and `ema`) by the batches of one update; keeps loss and accuracy on the device, in `meter`.
+    """Updates `model` (and `ema`) batch by batch; keeps loss and accuracy on the device, in `meter`.
 
-    The same on every rank: gradients are averaged over the ranks in the last batch of an update, so the weights, the
-    optimizer's state and the EMA are the same bits everywhere.
+    Gradients are averaged over the ranks in the last batch of an update, so weights, optimizer state and EMA are
+    bit-identical on all ranks.
 
     torch's generators (dropout, drop-path) are seeded for each update from the run's seed, the update and the rank, so
-    an interrupted run has nothing of them to remember.
+    their state need not be saved.
     """
 
     def __init__(
@@ -92,21 +92,21 @@ class TrainStep:
         position: Position | None = None,
         phases: Phases = NOBODY_LISTENS,
     ) -> None:
-        """`model`, `augment` and `ema` are on one device; `model` is the raw module, which is compiled here.
+        """`model`, `augment` and `ema` must be on one device; `model` is the raw module, which is compiled here.
 
-        Updates are counted in `position`, and the parts of a step told to `phases`.
+        Updates are counted in `position`, and the parts of a step are reported to `phases`.
         """
         self.position, self._phases = position or Position(), phases
         self._model, self._optimizer, self._world = model, optimizer, world or World()
         self._average = Average(ema, model) if ema is not None else None
         self.regulariser = Regulariser.of(config.lowrank, model, optimizer, self._world)
         self._augment = augment
-        # Kept from batch to batch: touching new memory for every batch takes longer than the arithmetic.
+        # Reused for all batches: touching new memory takes longer than the arithmetic.
         self._inputs: Tensor | None = None
         self._clip_grad, self._clip_mode = config.optim.clip_grad, config.optim.clip_mode
         self._seed, self._accum_steps = config.run.seed, batches_of_update(config, self._world.size)[1]
         device = next(model.parameters()).device
-        if cuda_path(device):  # on a CPU it is no faster, and losses keep their bits
+        if cuda_path(device):  # on a CPU it is not faster, and losses keep their bits
             set_patch_embedding(model, as_product=True)
         dtype = DTYPES[config.step.amp_dtype] if config.step.amp else None
         # float16's range is too small for gradients, so the loss is scaled; timm does the same.
@@ -124,7 +124,7 @@ class TrainStep:
         self._pace = Pace(device)
         self.meter = Meter(device, self._accum_steps)
         self.grad_norm: Tensor | None = None
-        """Norm of all gradients, before clipping, in the last update that was asked to measure it; on the device."""
+        """Norm of all gradients before clipping, in the last update with `measure_norm`; on the device."""
 
     def _assemble(self, device: torch.device) -> None:
         loss_of: nn.Module = self._loss_of_batch
@@ -135,22 +135,22 @@ class TrainStep:
             self._loss_of = torch.compile(loss_of, mode=self._compile_mode)
 
     def rebuild(self) -> None:
-        """Make all anew that is made from the model's parameters, after some have taken the place of others.
+        """Rebuild everything that depends on the model's parameters, after some were replaced.
 
-        Between two updates, on the step's stream; on all ranks together. What averages gradients over the ranks has
-        hooks on each parameter, also on those that stay, until it is gone. All compiled code of the process is
-        forgotten: torch would count one more version of the same code for each switch, and from the eighth on would
-        run it uncompiled without a word. The scaler of float16, the meter and the position go on.
+        Call it between two updates, on the step's stream, on all ranks together. DDP has hooks on every parameter, also
+        on those that stay, until it is freed. All compiled code of the process is dropped: torch would count a new
+        version of the same code for each switch, and silently stop compiling it from the eighth on. The float16 scaler,
+        the meter and the position are kept.
         """
         assert self._num_batches == 0
         device = next(self._model.parameters()).device
         for parameter in self._model.parameters():
-            parameter.grad = None  # of DDP, a view of memory that goes with it
+            parameter.grad = None  # a view of DDP's memory, which is freed with it
         self._loss_of, self._ddp = self._loss_of_batch, None
         if self._compile_mode is not None:
             torch._dynamo.reset()  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         if self._world.is_joined:
-            gc.collect()  # the hooks go with the last reference, and some go round in circles
+            gc.collect()  # the hooks are freed with the last reference, and some references are cycles
         if self._average is not None:
             self._average = Average(*self._average.models)
         if self.regulariser:
@@ -160,9 +160,9 @@ class TrainStep:
             self.keep_grads()
 
     def __call__(self, batch: Batch, *, measure_norm: bool = False) -> bool:
-        """Run one batch that `augment.prepare` has gone over; whether it completed an update.
+        """Run one batch that `augment.prepare` has processed; returns whether it completed an update.
 
-        The model must be in training mode. `measure_norm`: note the norm of the gradients if this completes an update.
+        The model must be in training mode. `measure_norm`: store the gradients' norm if this completes an update.
         """
         with self._phases("step"):
             return self._run(batch, measure_norm)
@@ -193,11 +193,11 @@ class TrainStep:
         return is_last
 
     def keep_grads(self) -> None:
-        """Have gradients of several batches add up in memory of their own, which is zeroed after an update.
+        """Accumulate the gradients of several batches in their own memory, which is zeroed after an update.
 
-        A CUDA graph's outputs live until its next run only. Elsewhere it costs: each gradient is then zeroed, added to
-        and divided by the number of ranks, three passes more than writing it, instead of one, which divides it on its
-        way into what travels to the ranks.
+        This is needed because a CUDA graph's outputs only live until its next run. Otherwise it only costs time: each
+        gradient is zeroed, added to, and divided by the number of ranks. That is three passes more than writing it,
+        instead of one, in which DDP divides it on the way into its bucket.
         """
         self._keeps_grads = True
         for parameter in self._model.parameters():
@@ -225,14 +225,14 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=not self._keeps_grads)
 
     def _is_skipped(self) -> Tensor | None:
-        """Above 0 where the scaler skips the update, since unscaled gradients are not finite; None without a scaler."""
+        """A tensor () above 0 if the scaler skips the update, as gradients are not finite; None without a scaler."""
         if not self._scaler.is_enabled():
             return None
         by_device: dict[torch.device, Tensor] = self._scaler._found_inf_per_device(self._optimizer)  # pyright: ignore
         return next(iter(by_device.values()))
 
     def _seed_update(self) -> None:
-        # An odd multiplier is a bijection modulo 2**63, so updates and ranks never meet at a seed.
+        # An odd multiplier is a bijection modulo 2**63, so no two updates or ranks share a seed.
         number = self.position.num_updates * self._world.size + self._world.rank
         torch.manual_seed((self._seed + number * 0x9E3779B97F4A7C15) % 2**63)
 
@@ -241,20 +241,20 @@ class TrainStep:
 
     @property
     def lr(self) -> float:
-        """The greatest learning rate of all parameter groups (layer decay makes some smaller).
+        """The largest learning rate of all parameter groups (layer decay makes some smaller).
 
-        Those of factors are left out: theirs is that of the weight which they stand for, times a scale.
+        Groups of factors are left out: they have their weight's learning rate times a scale.
         """
         return max(group["lr"] for group in groups_of(self._optimizer)[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """What an update needs beside weights, EMA, optimizer and position. Only between two updates."""
+        """The state besides weights, EMA, optimizer and position. Call it between two updates."""
         assert self._num_batches == 0
         state: dict[str, Any] = {"scaler": self._scaler.state_dict(), "meter": self.meter.state_dict(self._world)}
         return state | ({"regulariser": self.regulariser.state_dict()} if self.regulariser else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a state. Raises `UserError` if it lacks the regulariser's."""
         if state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
@@ -265,13 +265,13 @@ class TrainStep:
 
 
 class Average:
-    """Updates timm's EMA of a model in one call, from lists of the tensors made once.
+    """Updates timm's EMA of a model in one call, from lists of tensors that are made once.
 
-    timm's own `update`, of which this is the arithmetic, first collects the tensors of both models, at each step anew.
+    The arithmetic is that of timm's `update`, which collects the tensors of both models anew at each step.
     """
 
     def __init__(self, ema: ModelEmaV3, model: nn.Module) -> None:
-        """Both on one device. Tensors that are put in the place of others later are not seen; their values are."""
+        """Both must be on one device. Later changes of values are seen, but not tensors that replace others."""
         self.models = ema, model
         states = (ema.module.state_dict(keep_vars=True), model.state_dict(keep_vars=True))
         pairs = list(zip(*(state.values() for state in states), strict=True))
@@ -279,12 +279,12 @@ class Average:
         self._values = [value for average, value in pairs if average.is_floating_point()]
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
         kinds = {tensor.dtype for tensor in [*self._averages, *self._values]}
-        # Types that timm rounds or converts on the way are left to it, as is an average on another device.
+        # timm itself handles dtypes that it rounds or converts, and an average on another device.
         self._is_plain = ema.foreach and not ema.exclude_buffers and kinds <= {torch.float32}
 
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
-        """Move the averages to the weights after update `num_updates`, by timm's decay for it."""
+        """Move the averages towards the weights after update `num_updates`, with timm's decay for it."""
         if not self._is_plain:
             self.models[0].update(self.models[1], step=num_updates)
             return
@@ -295,7 +295,7 @@ class Average:
 
 
 class LossOfBatch(nn.Module):
-    """The way from uint8 images to the loss of one batch: what is compiled, and what ranks share the gradients of."""
+    """From uint8 images to the loss of one batch: the module that is compiled and wrapped by DDP."""
 
     def __init__(self, model: nn.Module, augment: Augment, loss: Loss, dtype: torch.dtype | None) -> None:
         """`dtype`: of the autocast forward; None: no autocast."""
@@ -303,7 +303,7 @@ class LossOfBatch(nn.Module):
         self.model, self.augment, self._loss, self._dtype = model, augment, loss, dtype
 
     def forward(self, images: Tensor, targets: Tensor, *drawn: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean loss, float32 (), and how many of the labels are predicted, int64 (), of what `Augment.begin` gave."""
+        """Mean loss, float32 (), and number of correct predictions, int64 (), for the outputs of `Augment.begin`."""
         patch = patch_of_product(self.model) if torch.compiler.is_compiling() else None
         inputs, soft_targets = self.augment(images, targets, *drawn, patch=patch)
         with torch.autocast(images.device.type, dtype=self._dtype, enabled=self._dtype is not None):
@@ -313,13 +313,13 @@ class LossOfBatch(nn.Module):
 
 
 def _distribute(loss_of: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """Gradients averaged over the ranks, while the rest of the backward pass goes on.
+    """Wrap the loss in DDP, which averages gradients over the ranks during the backward pass.
 
-    They are views of the buckets that travel (torch's sizes: 1 MiB first, then 25). When the backward pass has written
-    one, torch multiplies it into its bucket, divided by the number of ranks: nothing is copied back. A compiled graph
-    is split where a bucket ends. torch's static_graph would save nothing here, and goes wrong with no_sync.
+    Gradients are views of DDP's buckets (torch's sizes: 1 MiB first, then 25). When the backward pass has written a
+    gradient, torch multiplies it into its bucket, divided by the number of ranks; nothing is copied back. A compiled
+    graph is split at the end of a bucket. torch's static_graph would save nothing here, and fails with no_sync.
     """
-    # No buffer is sent around before each step: statistics of normalisation are averaged before validation instead.
+    # Buffers are not broadcast before each step: statistics of normalisation are averaged before validation instead.
     named = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # torch < 2.14
     no_buffers: dict[str, Any] = {name: False}
@@ -332,11 +332,11 @@ def _distribute(loss_of: nn.Module, device: torch.device) -> DistributedDataPara
 
 
 class Pace:
-    """Holds the host back where it is `RUN_AHEAD` steps ahead of a GPU.
+    """Holds the host back if it is `RUN_AHEAD` steps ahead of a GPU.
 
-    A step that is one CUDA graph takes the host no time, so it could ask for all updates up to the next look at the
-    device at once, and each of their batches would have to be in memory. The device still has the last steps to do
-    while the host waits, so it is never idle for it. On a CPU nothing runs ahead.
+    A step that is one CUDA graph takes the host almost no time. The host could queue all updates up to the next
+    synchronisation at once, with each of their batches in memory. The device still has steps to do while the host
+    waits, so it is never idle. On a CPU nothing runs ahead.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -344,10 +344,10 @@ class Pace:
         self._under_way: deque[torch.cuda.Event] = deque()
 
     def step(self) -> None:
-        """Note that all of a step has been asked for, and wait if the device is too far behind."""
+        """Note that a step is queued completely, and wait if the device is too far behind."""
         if not cuda_path(self._device):
             return
-        done = torch.cuda.Event(blocking=True)  # waits without taking a core from the decoder
+        done = torch.cuda.Event(blocking=True)  # waits without using a CPU core, which the decoder needs
         done.record()
         self._under_way.append(done)
         if len(self._under_way) > RUN_AHEAD:

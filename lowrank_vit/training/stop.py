@@ -1,5 +1,5 @@
-"""Signals that ask a run to save and end: Ctrl-C, a batch system's SIGTERM, SIGUSR1 before the time limit, SIGHUP of a
-terminal that is closed.
+"""Signals that ask a run to save and end: Ctrl-C, a batch system's SIGTERM, SIGUSR1 before a time limit, and SIGHUP
+when a terminal closes.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ SAME_REQUEST_S = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 NO_LAUNCHER = "the loss of its launcher"
 _LAUNCHER_LOST = 1000
-"""No signal has this number."""
+"""Stands for the loss of the launcher; no signal has this number."""
 _ORDERS = (signal.SIGTERM, signal.SIGINT)
-"""Those of which a second one ends the process at once."""
+"""Signals that end the process at once when they come a second time."""
 _CLEAN_UP_S = 3.0
-"""Time for what a second one leaves to be closed."""
+"""Time to clean up after a second signal."""
 _AGREE_S, _AGREE_STEPS = 2.0, 1000
-"""Time, and the most steps, between two agreements of the ranks."""
+"""Time, and largest number of steps, between two agreements of the ranks."""
 
 
 @contextlib.contextmanager
 def handled(
     handler: Callable[[int, FrameType | None], None], *, spared: Sequence[signal.Signals] = SIGNALS
 ) -> Generator[None]:
-    """Have `SIGNALS` go to `handler` within the context; not those of `spared` that are ignored, as by nohup.
+    """Send `SIGNALS` to `handler` within the context, except signals in `spared` that are ignored, as under nohup.
 
-    Does nothing outside the main thread, where Python cannot do so.
+    Does nothing outside the main thread, where Python does not allow it.
     """
     is_main = threading.current_thread() is threading.main_thread()
     left = [number for number in spared if signal.getsignal(number) is signal.SIG_IGN]
@@ -49,14 +49,14 @@ def handled(
 
 
 class Stopped(Exception):
-    """All ranks are to end here; the state is that after the last update."""
+    """Raised where all ranks should end; the state is that after the last update."""
 
 
 class StopRequest:
-    """Notes the first signal, on which all ranks then agree; a second Ctrl-C or SIGTERM ends the process at once.
+    """Notes the first signal, about which all ranks then agree; a second Ctrl-C or SIGTERM ends the process at once.
 
-    What comes within `SAME_REQUEST_S` of the first is not a second: Ctrl-C reaches torchrun and its ranks alike, and
-    torchrun passes it on to the ranks again.
+    A signal within `SAME_REQUEST_S` of the first does not count as a second: Ctrl-C reaches both torchrun and its
+    ranks, and torchrun passes it on to the ranks again.
     """
 
     def __init__(self, world: World) -> None:
@@ -76,40 +76,40 @@ class StopRequest:
 
     @contextlib.contextmanager
     def noted(self) -> Generator[StopRequest]:
-        """Only note signals within the context; not SIGHUP where it is ignored, as by nohup.
+        """Note signals within the context; leave SIGHUP alone if it is ignored, as under nohup.
 
-        Does nothing outside the main thread, where Python cannot do so.
+        Does nothing outside the main thread, where Python does not allow it.
         """
         with handled(self._note, spared=(signal.SIGHUP,)):
             yield self
 
     def ask(self, number: int = _LAUNCHER_LOST) -> None:
-        """Have the run end because of the signal of that number, once all ranks know. Safe in a signal handler.
+        """Ask the run to end because of this signal, once all ranks know. Safe in a signal handler.
 
-        Without one: since the launcher of this rank is gone.
+        Without a number: because this rank's launcher is gone.
         """
         self._signal = number
         self._world.common_step.is_wanted = True
 
     @property
     def reason(self) -> str:
-        """The signal's name, e.g. SIGTERM, or `NO_LAUNCHER`; empty without one."""
+        """The signal's name, e.g. SIGTERM, or `NO_LAUNCHER`; empty if there was none."""
         if self._signal == _LAUNCHER_LOST:
             return NO_LAUNCHER
         return signal.Signals(self._signal).name if self._signal else ""
 
     def begin(self, num_steps: int) -> None:
-        """A stretch of steps (updates, or batches of a validation) of about one duration begins after `num_steps`."""
+        """A series of steps of similar duration (updates, or validation batches) starts after `num_steps`."""
         self._next = num_steps + 1
         self._agreed_at = time.monotonic(), num_steps
 
     def comes_after(self, num_steps: int) -> bool:
-        """Whether all ranks end here, because one of them was asked to. Every rank calls it after every step.
+        """Whether all ranks should end here because one of them was asked to. All ranks call it after every step.
 
-        They agree by the host's network, at the next common step after a rank was asked to end, so that a stop comes
-        well within the 30 s that torchrun leaves after SIGTERM; and about every two seconds in any case, as there is
-        no common step without torch's store. No step waits for it. At the same steps on every rank, since all reckon
-        with the slowest one's time.
+        The ranks agree over the host's network, at the next common step after one of them was asked to end. A stop thus
+        comes well within the 30 s that torchrun leaves after SIGTERM. They also agree about every two seconds, since
+        there is no common step without torch's store. Other steps do not wait. All ranks agree at the same steps,
+        because all use the slowest rank's time.
         """
         if self._world.size == 1:
             return self._signal > 0
@@ -117,21 +117,21 @@ class StopRequest:
             return False
         now, (then, step) = time.monotonic(), self._agreed_at
         number, step_s = self._world.greatest(self._signal, (now - then) / max(1, num_steps - step))
-        self._signal = int(number) or self._signal  # one that came meanwhile is for the next time
+        self._signal = int(number) or self._signal  # a signal that came meanwhile counts next time
         self._agreed_at = now, num_steps
         self._next = num_steps + max(1, min(_AGREE_STEPS, int(_AGREE_S / max(step_s, 1e-9))))
         return number > 0
 
 
 class UntilStopped:
-    """A validation loader that raises `Stopped` when all ranks are to end; the epoch is validated after resuming."""
+    """A validation loader that raises `Stopped` when all ranks should end; a resumed run then validates the epoch."""
 
     def __init__(
         self, loader: Batches, num_batches: int, stop: StopRequest, tell: Callable[[int], object] = lambda done: None
     ) -> None:
-        """`num_batches`: of the rank that has most. The others go on agreeing when they are through with theirs.
+        """`num_batches`: of the rank with the most batches. The other ranks keep agreeing after their last batch.
 
-        `tell` is told after each how many batches were seen, in all passes.
+        `tell` is called after each batch with the number of batches of all passes so far.
         """
         self._loader, self._num_batches, self._stop = loader, num_batches, stop
         self._tell, self._done = tell, 0

@@ -41,36 +41,36 @@ from lowrank_vit.training.watching import (
 )
 
 COLD_UPDATES = {False: 2, True: 20}
-"""The first updates of a process, without and with --compile: compilers, autotuning and memory pools get ready in them,
-so they are no part of img/s, MFU and the share of waiting. Those behind a switch to factors neither."""
+"""Warm-up updates of a process, without and with --compile, for compilers, autotuning and memory pools. They do not
+count for img/s, MFU and the share of waiting, and neither do those after a switch to factors."""
 
 _RECHECKED_UPDATES = 100
-"""After so many warm ones a loader's speed, which was measured without a step beside it, is looked at again."""
+"""Warm updates after which a loader's speed, measured without a step beside it, is checked again."""
 
 _CLOSE_LIMIT_S = 300.0
-"""Closing the logs is no hang before: the last upload has a shorter limit, and all else is saved."""
+"""Closing the logs may take this long before it counts as a hang; the last upload has a shorter limit."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has to say when it ends."""
+    """The outcome of a run."""
 
     run_dir: Path
     metric: str
     """--eval-metric, e.g. top1."""
     best: float | None
-    """Best validation score, of the model or of its EMA. None: nothing was validated."""
+    """Best validation score, of the model or of its EMA. None without validation."""
     best_epoch: int
     """0-based."""
     train_s: float
     """Seconds in training steps, without validation."""
     stopped_by: str = ""
-    """The signal on which it ended before its last epoch."""
+    """The signal that ended it before its last epoch; empty if none did."""
     num_updates: int = 0
     best_scores: dict[str, float] = field(default_factory=dict[str, float])
-    """Scores in the best epoch: of the "model", and of its "ema" where there is one."""
+    """Scores in the best epoch: of the "model", and of its "ema" if there is one."""
     is_repeated: bool = False
-    """All was done already when it was asked for."""
+    """Whether the run was already finished when it was started."""
 
 
 def _result(run_dir: Path, config: Config, state: RunState, **more: Any) -> Result:
@@ -82,19 +82,19 @@ def _result(run_dir: Path, config: Config, state: RunState, **more: Any) -> Resu
 
 @dataclass(frozen=True)
 class EpochStats:
-    """One epoch of training, as far as this process did it."""
+    """The part of an epoch's training that this process did."""
 
     loss: float
     lr: float
     """Learning rate in the epoch's last update."""
     speed: Speed | None
-    """Without the process's first updates, which compile; None where all updates were made before it was resumed."""
+    """Without the warm-up updates; None if all updates were made before the run was resumed."""
     train_s: float
-    """Seconds in training, with those updates."""
+    """Seconds of training, including warm-up updates."""
 
 
 def train(config: Config, default_name: str, world: World, failing: Failing) -> Result:
-    """Train to the last epoch; where an earlier attempt has come there, only say so. Raises `UserError`."""
+    """Train to the last epoch; if an earlier attempt has finished the run, only report that. Raises `UserError`."""
     start = find_start(config, world)
     if (done := finished(start, world)) and start.resumed:
         state, num_epochs = done
@@ -105,16 +105,16 @@ def train(config: Config, default_name: str, world: World, failing: Failing) -> 
 
 
 class Trainer:
-    """One run of one configuration. Everything that can be wrong is found before the run directory is made.
+    """One run of one configuration. All errors of the configuration are found before the run directory is made.
 
-    A listener is told of every phase of the loop. To take the updates one by one, as a bench does, iterate over
-    `updates` in place of calling `run`.
+    A listener is called for every phase of the loop. To take updates one by one, as a bench does, iterate over
+    `updates` instead of calling `run`.
     """
 
     result: Result
-    """What came of the run; there when it has ended."""
+    """The outcome, set when the run has ended."""
     stream: torch.cuda.Stream | None
-    """What the loop's work goes to; None: to whichever is current."""
+    """The stream of the loop's work; None: the current stream."""
 
     def __init__(
         self,
@@ -126,10 +126,10 @@ class Trainer:
         *,
         listener: PhaseListener | None = None,
     ) -> None:
-        """`default_name` begins the run directory's name where `--experiment` is not given. Raises `UserError`.
+        """`default_name` begins the run directory's name without `--experiment`. Raises `UserError`.
 
-        `failing` tells the other ranks of `world` of an error; `start` is what `find_start` has found, if it was called
-        already; `listener` is told of phases, see `phases.py`.
+        `failing` reports an error to the other ranks of `world`; `start` is the result of `find_start`, if it was
+        already called; `listener` is called for phases, see `phases.py`.
         """
         self.world = world or World()
         self._failing = failing or Failing(self.world)
@@ -138,7 +138,7 @@ class Trainer:
             listener = ToldToRanks(self.world.progress, self.state.position, listener)
         self._phases = Phases(listener)
         start = start or find_start(config, self.world)
-        # Made there, too: gradients that ranks share are averaged on the stream that the wrapper was made on.
+        # Setup runs on this stream too: DDP averages gradients on the stream on which it was made.
         self.stream = stream_of_step(start.config, self.world)
         with in_turn(self.stream):
             self.setup = set_up(start.config, start.resumed, self.world, self.state.position, self._phases)
@@ -151,16 +151,16 @@ class Trainer:
         self.stop = StopRequest(self.world)
 
     def run(self) -> Result:
-        """Train to the last epoch. The run directory holds everything; see `docs/design/checkpoints.md`."""
+        """Train to the last epoch. The run directory has all results; see `docs/design/checkpoints.md`."""
         for _ in self.updates():
             pass
         return self.result
 
     def updates(self) -> Generator[Position]:
-        """Train to the last epoch, and hand over after each update; the run stands still until the next is asked for.
+        """Train to the last epoch and yield after each update; the run pauses until the next one is requested.
 
-        What is handed over is the run's own position, to read only. What is done between two updates is no part of the
-        run's speed. Closing the iterator abandons the run.
+        Yields the run's own position, which is read-only. Time between two updates does not count for the run's speed.
+        Closing the iterator abandons the run.
         """
         return each_in_turn(self.stream, self._updates())
 
@@ -170,8 +170,8 @@ class Trainer:
         self._cold_updates, self._switch_speed = COLD_UPDATES[self.config.step.compile], SwitchSpeed()
         self._first_updates = FirstUpdates(_RECHECKED_UPDATES * setup.plan.global_batch)
         self._say: Callable[[str], object] = self.world.say
-        """For lines about this rank alone."""
-        # Before what follows an error is closed, it is told.
+        """For lines about this rank only."""
+        # An error is reported before the following contexts are closed.
         with ExitStack() as stack, self._failing.told_at_once():
             stack.callback(self.run_dir.close)
             self.monitor = None
@@ -190,7 +190,7 @@ class Trainer:
             if self.monitor and self.state.position.num_updates == 0:
                 observe(self.monitor, setup, self.outputs, 0)
             self._failing.save_and_end = self.stop.ask
-            # Noted to the end: what asked for it once may ask again while all is saved.
+            # Signals are noted to the end: the sender may repeat them while the run saves.
             with self.stop.noted(), room_beside(setup.train_loader, setup.val_loader):
                 try:
                     for epoch in range(self.state.position.epoch, setup.num_epochs):
@@ -231,7 +231,7 @@ class Trainer:
         return capture(self.setup, self.state)
 
     def _kept_spectra(self) -> Beside | None:
-        """What the monitor keeps with a checkpoint of now. Refreshes that are finished are logged before it."""
+        """The monitor's file beside a checkpoint of now. Finished refreshes are logged before it."""
         if not self.monitor:
             return None
         kept = self.monitor.kept()
@@ -243,7 +243,7 @@ class Trainer:
             finish_spectra(self.monitor, self.outputs)
 
     def _train_epoch(self, epoch: int) -> Generator[Position, None, EpochStats]:
-        """Train the rest of an epoch. Raises `Stopped` after the update at which all ranks are to end."""
+        """Train the rest of an epoch. Raises `Stopped` after the update at which all ranks should end."""
         setup, position, phases = self.setup, self.state.position, self._phases
         setup.model.train()
         if setup.low_rank and position.updates_done == 0:
@@ -276,7 +276,7 @@ class Trainer:
                     speed = self._log_interval(epoch, clock)
             self.outputs.tick()
             if self._cold_updates and position.updates_done == warm_at < updates:
-                wait_for(setup.device)  # what was asked of it so far is no part of what follows
+                wait_for(setup.device)  # work queued so far does not count for what follows
                 clock.tick()
                 clock.restart()
                 self._cold_updates = 0
@@ -290,19 +290,19 @@ class Trainer:
         return EpochStats(self.state.sums.loss_sum / updates, self.state.sums.lr, speed, clock.train_s)
 
     def _begin_cold(self, update: int) -> None:
-        """Layers were put in factors at this update, so what follows gets ready anew."""
+        """Layers were factorised at this update, so the next updates are warm-up again."""
         self._cold_updates = COLD_UPDATES[self.config.step.compile]
         self._switch_speed.begin(update)
 
     def _warm_at(self) -> int:
-        """The update of the epoch behind which all is ready; that is in the next epoch where this one has too few."""
+        """The update of the epoch after which warm-up ends, at the latest after half of its remaining updates."""
         done = self.state.position.updates_done
         return done + max(1, min(self._cold_updates, (self.setup.plan.updates_per_epoch - done) // 2))
 
     def _log_interval(self, epoch: int, clock: Clock) -> Speed:
-        """Log what happened since the last time; the epoch's speed so far."""
+        """Log the interval since the last call; returns the epoch's speed so far."""
         setup, sums, position = self.setup, self.state.sums, self.state.position
-        Mark.of(current_stream(setup.device)).wait_on_host()  # so the clock is right
+        Mark.of(current_stream(setup.device)).wait_on_host()  # so that the clock is right
         clock.tick()
         loading = setup.train_loader.stats()
         clock.wait_s += loading.device_wait_s
@@ -333,7 +333,7 @@ class Trainer:
         return Speed.of([one.epoch for one in ranks])
 
     def _recheck_loader(self, stretches: Sequence[Stretch]) -> None:
-        """Look once whether the first updates waited for a loader whose share of the JPEG engine was chosen."""
+        """Check once whether the first updates waited for a loader whose share of the JPEG engine was chosen."""
         share = self.setup.train_loader.engine_share
         if share and self.world.is_first and (first := self._first_updates.add(stretches)):
             speed, ranks = Speed.of(first), self.world.size
@@ -342,7 +342,7 @@ class Trainer:
                 self.outputs.display.say(line)
 
     def _count_bad(self, ranks: list[RankFigures]) -> int:
-        """How many different samples all ranks have left out as damaged; they are gathered when there are more."""
+        """How many different samples all ranks have skipped as damaged; gathered again when the counts change."""
         counts = [int(one.loading.bad_samples) for one in ranks]
         if counts != self._bad_counts:
             found = self.world.gather_on_first(self.setup.train_loader.bad) or ()
@@ -350,7 +350,7 @@ class Trainer:
         return self._num_bad
 
     def _finish_epoch(self, epoch: int, stats: EpochStats) -> None:
-        """Validate where that is due, save, log."""
+        """Validate if that is due, log, save."""
         is_last = epoch == self.setup.num_epochs - 1
         scores = self._validate() if is_last or (epoch + 1) % self.config.run.val_interval == 0 else {}
         row = {"epoch": epoch, "update": self.state.position.num_updates, "train_loss": stats.loss}
@@ -366,12 +366,12 @@ class Trainer:
         self.setup.scheduler.step(epoch + 1)
 
     def _validate(self) -> dict[str, Scores]:
-        """Scores by prefix of the metric's name. Raises `Stopped` where all ranks are to end meanwhile."""
+        """Scores by prefix of the metric's name. Raises `Stopped` if all ranks should end meanwhile."""
         setup, world = self.setup, self.world
         if setup.val_loader is None:
             return {}
         world.average_buffers(setup.model)
-        # A validation may be long: what ends the run meanwhile must not cost the epoch.
+        # A validation may be long: if the run ends meanwhile, the epoch must not be lost.
         with self._phases("checkpoint"):
             self.checkpoints.save(may_skip=True)
         most_batches = int(world.greatest(setup.val_loader.plan.steps_per_epoch)[0])

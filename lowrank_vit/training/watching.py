@@ -1,4 +1,4 @@
-"""The spectral monitor of a run, and what acts on what it has seen."""
+"""The spectral monitor of a run, and the switches to low rank that follow from it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lowrank_vit.spectral.watching.refresh import SpectralSettings
 from lowrank_vit.training.setup import Setup
 
 _REFRESH_TIMEOUT = timedelta(minutes=10)
-"""After so long the spectra of a rank that hangs are no longer waited for."""
+"""How long to wait for the spectra of a rank that hangs."""
 
 
 def make_monitor(
     setup: Setup, position: Position, run_dir: Path, world: World, say: Callable[[str], object]
 ) -> SpectralMonitor:
-    """The monitor of a run, which goes on from `position`; with --lowrank-train tied to what waits for it."""
+    """The monitor of a run, which continues from `position`; connected to --lowrank-train if that is on."""
     options, tracking, low_rank = setup.config.spectra, setup.config.tracking, setup.low_rank
     done = position.num_updates if position.is_begun else None
     recorded = -1 if done is None else last_recorded(run_dir, "spec", done)
@@ -63,7 +63,7 @@ def make_monitor(
 
 
 def size_of_records(monitor: SpectralMonitor | None, setup: Setup) -> list[str]:
-    """A line that says how large the records of the spectra will get in the whole run; none without a monitor."""
+    """A line about the size of all spectral records of the run; none without a monitor."""
     if monitor is None:
         return []
     options = setup.config.spectra
@@ -75,9 +75,9 @@ def size_of_records(monitor: SpectralMonitor | None, setup: Setup) -> list[str]:
 
 
 def observe(monitor: SpectralMonitor, setup: Setup, outputs: Outputs, update: int) -> bool:
-    """Take a refresh of the spectra where one is due, behind what the refresh before it leads to; log both.
+    """Start a refresh of the spectra if one is due, after acting on the previous refresh; log both.
 
-    Returns whether that was a switch, so that the model has changed.
+    Returns whether the model has changed by a switch.
     """
     is_changed = False
     if setup.low_rank and monitor.is_due(update):
@@ -89,7 +89,7 @@ def observe(monitor: SpectralMonitor, setup: Setup, outputs: Outputs, update: in
 
 
 def after_switch(setup: Setup, outputs: Outputs, *, is_changed: bool) -> None:
-    """Count the model's arithmetic anew where it `is_changed`, and log what has happened."""
+    """Count the model's FLOPs again if it `is_changed`, and log the events."""
     assert setup.low_rank
     if is_changed:
         setup.train_flops = train_flops_per_image(setup.model, setup.spec.img_size)
@@ -97,18 +97,18 @@ def after_switch(setup: Setup, outputs: Outputs, *, is_changed: bool) -> None:
 
 
 class SwitchSpeed:
-    """Images a second before and after a switch, told once there is an interval behind it that compiles nothing."""
+    """Images per second before and after a switch, reported after the first log interval without compilation."""
 
     def __init__(self) -> None:
         self._newest: float | None = None
         self._switch: tuple[int, float | None] | None = None
 
     def begin(self, update: int) -> None:
-        """Update `update` is the first with a switch, or the one that it is a part of."""
+        """Note a switch at update `update`."""
         self._switch = update, self._newest
 
     def see(self, img_per_s: float) -> tuple[dict[str, Any], str] | None:
-        """An interval was logged in which nothing got ready: numbers and a line for the log, if it is the first."""
+        """Note a warm interval's speed. For the first one after a switch, returns numbers and a line for the log."""
         switch, self._switch, self._newest = self._switch, None, img_per_s
         if switch is None:
             return None
@@ -118,14 +118,14 @@ class SwitchSpeed:
 
 
 def finish_spectra(monitor: SpectralMonitor, outputs: Outputs) -> None:
-    """Wait for the last refresh, log it, and say what was left out."""
+    """Wait for the last refresh, log it, and report skipped and failed refreshes."""
     monitor.close()
     outputs.log_spectra(monitor.prepared_records())
-    say = outputs.display.say  # rank 0's figures are those of all
+    say = outputs.display.say  # rank 0 has the figures of all ranks
     if monitor.skipped:
         say(
-            f"{monitor.skipped} spectral refreshes were skipped, since the one before was still running; a "
-            "greater --spec-every avoids that"
+            f"{monitor.skipped} spectral refreshes were skipped because the previous one was still running; a "
+            "larger --spec-every avoids this"
         )
     if monitor.failed:
         say(f"{monitor.failed} spectral refreshes failed; the first was reported above. Training missed nothing")

@@ -102,7 +102,7 @@ def test_output_directory_in_use(small, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     message = refused(small("--experiment", "mine"))
-    assert "mine is in use: thesis.txt is no file of a run" in message
+    assert "mine is in use: thesis.txt is not a run's file" in message
     assert "--experiment" in message
     first = Trainer(parse(small("--experiment", "run")), "x")
     assert "is in use" in refused(small("--experiment", "run"))

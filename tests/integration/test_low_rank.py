@@ -136,7 +136,7 @@ def test_a_run_begins_in_factors_of_the_weights_that_it_would_have_had_and_is_re
     for other in (["--lowrank-init", "0.3", *TUNE], TUNE):
         with pytest.raises(UserError, match=r"other options: --lowrank-init was 0.2, now (0.3|None)"):
             Trainer(parse(small(*other, "--resume", str(stopped / "last.pth.tar"))), "other")
-    with pytest.raises(UserError, match="The model is in factors already"):
+    with pytest.raises(UserError, match="The model is factorised already"):
         Trainer(parse(small(*share, "--initial-checkpoint", str(stopped / "last.pth.tar"))), "again")
 
 
@@ -149,7 +149,7 @@ def test_adapters_are_tuned_watched_resumed_and_merged_by_every_reader(
     flags = "--lora 3 --lora-alpha 6 --lora-dropout 0.1 --lr 1e-2 --spec-every 11".split()
     tuning = small("--initial-checkpoint", str(start), *TUNE, *flags)
     whole = Trainer(parse(tuning), "whole").run().run_dir
-    line = "--lora 3: adapters beside 8 layers, times 2: 3,072 parameters of theirs and 330 of the head are trained"
+    line = "adapters beside 8 layers, scaled by 2: 3,072 parameters of the adapters and 330 of the head are trained"
     assert line in capsys.readouterr().out
     last = whole / "last.pth.tar"
     content = torch.load(last, weights_only=True)
@@ -192,11 +192,11 @@ def test_adapters_are_tuned_watched_resumed_and_merged_by_every_reader(
         with pytest.raises(UserError, match=f"belongs to a run with other options: .*{words}"):
             Trainer(parse([*small(*TUNE), *more.split(), "--resume", str(last)]), "other")
     Trainer(parse(small("--lora", "2", *TUNE)), "drawn")
-    assert "warning: --lora tunes adapters beside weights that stay as they are, and" in capsys.readouterr().out
+    assert "warning: --lora trains adapters beside frozen weights, and" in capsys.readouterr().out
     del content["lora"]
     torch.save(content, last)
     for read in (Trainer, lambda config, _: load_scorer(ModelOptions(checkpoint=last), torch.device("cpu"))):
-        with pytest.raises(UserError, match=r"has adapters \(.*and no `lora` that tells their scale"):
+        with pytest.raises(UserError, match=r"has adapters \(.*but no `lora` with their scale"):
             read(parse([*tuning, "--resume", str(last)]), "damaged")
 
 

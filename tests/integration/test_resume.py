@@ -204,8 +204,8 @@ def test_a_finished_run_needs_no_data_and_is_not_written_to(small, train, tmp_pa
     content = torch.load(run / "last.pth.tar", weights_only=True)
     for part, key, value, told in (
         ("progress", "epoch", "x", "its `progress` has 'x' for `epoch`"),
-        ("progress", "epoch", 9, "its counts contradict one another"),
-        ("progress", "epoch", 11, "its counts contradict one another: 11 epochs, and 1"),  # of an update each
+        ("progress", "epoch", 9, "its counts contradict each other"),
+        ("progress", "epoch", 11, "its counts contradict each other: 11 epochs, and 1"),  # of an update each
         ("progress", "kept", 3, "its `progress` has 3 for `kept`"),
         ("step", "num_updates", None, "its `step` has None for `num_updates`"),
     ):
@@ -246,7 +246,7 @@ def test_an_attempt_that_died_before_its_first_checkpoint_is_taken_over(small, t
     assert records(run, "train")
     result = Trainer(parse(argv), "x").run()
     assert result.run_dir == run
-    assert "holds an attempt that ended before its first checkpoint; it begins anew" in capsys.readouterr().out
+    assert "has an attempt that ended before its first checkpoint; it begins anew" in capsys.readouterr().out
     assert list(losses(run))[:2] == [5, 10]
     updates = [record["update"] for record in records(run, "spec")]
     assert updates == sorted(set(updates))

@@ -159,7 +159,7 @@ def test_on_evidence_all_that_are_due_switch_at_the_next_refresh_and_so_often_as
     assert [sorted({name.split(".")[1] for name in one["ranks"]}) for one in switches] == [["0"], ["1"]]
     assert {rank for one in switches for rank in one["ranks"].values()} == {9}
     assert events(folder, "used-up")[0]["update"] == 20
-    assert "that was switch 2 of --lowrank-switches 2" in capsys.readouterr().out
+    assert "this was switch 2 of --lowrank-switches 2" in capsys.readouterr().out
     assert [one["seen"] for one in events(folder, "evidence")] == [0, 8, 16]
     assert losses(dry) == losses(run())
     assert [(one["update"], one["ranks"]) for one in events(dry, "dry-run")] == [
@@ -214,7 +214,7 @@ def test_a_run_too_short_for_a_layer_to_settle_is_warned_of(small: Any, capsys: 
         rule = [] if flags is scheduled else ["--lowrank-train", "energy"]
         Trainer(parse([*small(*rule, *flags)]), "x")
         line = (
-            "can put no layer in factors in this run: with --lowrank-settled 4 and a whole refresh every 8 updates, the"
+            "cannot factorise any layer in this run: with --lowrank-settled 4 and a complete refresh every 8 updates, "
         )
         assert (line in capsys.readouterr().out) == is_warned
 
@@ -266,7 +266,7 @@ def test_every_command_takes_the_checkpoint_of_a_run_that_switched(
     capsys.readouterr()
     merged = tmp_path / "merged.pth.tar"
     compress.main([str(last), *data, *on_cpu, "--budget", "1", "--method", "svd", "--merge", str(merged)])
-    assert f"{len(ranks)} layers are in factors" in capsys.readouterr().out
+    assert f"{len(ranks)} layers are factorised already" in capsys.readouterr().out
     plain = torch.load(merged, weights_only=True)
     assert "lowrank_ranks" not in plain
     for name, product in with_products(state(folder)["state_dict"]).items():

@@ -1,4 +1,4 @@
-"""Methods of truncation, one a file, each a `weighting` of the shape `truncate.Method`."""
+"""Methods of truncation, one in each file: a function `weighting` of type `truncate.Method`."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ METHODS: dict[str, Method] = {
     "svdllm": svdllm.weighting,
     "kfac": kfac.weighting,
 }
-"""By the name that the command line has for them."""
+"""By the name on the command line."""

@@ -1,4 +1,4 @@
-"""ASVD: columns weigh as much as their inputs are large."""
+"""ASVD: columns are weighted by the size of their inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FWSVD: columns weigh as much as the loss feels their weights."""
+"""FWSVD: columns are weighted by how sensitive the loss is to their weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def weighting(weight_RC: Tensor, moments: Moments, has_bias: bool) -> Weighting:
     """L = I, M = diag(sum over rows of F)^(1/2), F the mean squared gradient of each weight.
 
     Source: Hsu et al., "Language model compression with weighted low-rank factorization", ICLR 2022, section 3.2. The
-    paper writes Z = X W, so its rows are our columns. Its gradients are those of the set's labels; here labels are
-    drawn from the model, as for `kfac`.
+    paper writes Z = X W, so its rows are our columns. The paper takes gradients of the data set's labels; here labels
+    are drawn from the model, as for `kfac`.
     """
     return Weighting(right=Root.of(moments.fisher_PC.sum(dim=0)))

@@ -9,5 +9,5 @@ from lowrank_vit.lowrank.truncate import Weighting
 
 
 def weighting(weight_RC: Tensor, moments: Moments | None, has_bias: bool) -> Weighting:
-    """L = I, M = I: least |W - W_r|_F (Eckart & Young, Psychometrika 1 (1936)); no moments are needed."""
+    """L = I, M = I: the least |W - W_r|_F (Eckart & Young, Psychometrika 1 (1936)); no moments are needed."""
     return Weighting()

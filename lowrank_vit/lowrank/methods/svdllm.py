@@ -9,11 +9,12 @@ from lowrank_vit.lowrank.truncate import Root, Weighting
 
 
 def weighting(weight_RC: Tensor, moments: Moments, has_bias: bool) -> Weighting:
-    """L = I, M = S^(1/2): least mean |W x - W_r x|^2 over tokens.
+    """L = I, M = S^(1/2): the least mean |W x - W_r x|^2 over tokens.
 
     Source: Wang et al., "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression",
-    ICLR 2025, section 3.1, which whitens by Cholesky's root of S. Of a layer with a bias S is taken about the mean of x
-    here, since the bias makes up for what W_r does to that mean: the error left is least over W_r and bias together.
+    ICLR 2025, section 3.1, which whitens by the Cholesky factor of S. For a layer with a bias, S is taken about the
+    mean of x here: the bias corrects what W_r does to that mean, so the remaining error is the least over W_r and bias
+    together.
     """
     return Weighting(right=input_root(moments, has_bias), is_centred=has_bias)
 

@@ -1,1 +1,1 @@
-"""Regularisers of the loss that draw weights to low rank while they train: nuclear norm, stable rank, clipping."""
+"""Regularisers that pull weights towards low rank during training: nuclear norm, stable rank, clipping."""

@@ -1,6 +1,6 @@
-"""Functions of the singular values of many matrices by products alone, so that a device never waits for its host.
+"""Functions of the singular values of many matrices, by matrix products alone, so the device never waits for the host.
 
-Polar factor: U V^T of W = U S V^T, the gradient of the nuclear norm. Clipping: values above a limit are brought to it.
+Polar factor: U V^T of W = U S V^T, the gradient of the nuclear norm. Clipping: values above a limit become the limit.
 
 Shape legend: N matrices of one shape, K rows, L columns, K <= L.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-4
-"""Values down to this share of `bound` come out as 1; a smaller one in proportion, as the smoothed norm's gradient."""
+"""Values down to this share of `bound` become 1; smaller ones are proportional, like the smoothed norm's gradient."""
 QUINTICS = (
     (8.509885302615, -25.264304190830, 18.753567898384),
     (4.249573478387, -3.154976488339, 0.585884782490),
@@ -25,33 +25,35 @@ QUINTICS = (
     (1.875875096600, -1.250971993024, 0.375097205309),
     (1.875, -1.25, 0.375),
 )
-"""Of s, s^3 and s^5: each is as near 1 as a quintic can be on what the one before makes of [FLOOR, 1]. Their chain is
-the best for that interval (Amsel et al., Polar Express, arXiv 2505.16932); the last is Newton-Schulz's of fifth degree.
+"""Coefficients of s, s^3 and s^5. Each quintic is as near to 1 as possible on the previous one's image of [FLOOR, 1].
+The chain is the best for that interval (Amsel et al., Polar Express, arXiv 2505.16932); the last is Newton-Schulz of
+degree five.
 """
 _SAFETY = 1.01
-"""Each but the last is given s over that, as there: beyond its interval a quintic is steep, and roundings grow."""
+"""All but the last get s divided by this, as in that paper: a quintic is steep beyond its interval, so errors would
+grow."""
 _STEPS = (*((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in QUINTICS[:-1]), QUINTICS[-1])
 EDGE = 1e-3
-"""Values less than this share above a limit count as at it, so that what was clipped is left alone the next time."""
+"""Values above a limit by less than this share count as equal to it, so clipped values are not clipped again."""
 _MARGIN = 1.001
-"""Of the bound, for roundings."""
+"""Factor on the squared bound, for rounding."""
 TINY = torch.finfo(torch.float32).tiny
 
 
 class Clipped(NamedTuple):
-    """What came of N matrices."""
+    """The result of clipping N matrices."""
 
     matrices_NKL: Tensor
-    """To the bit as they were where no value was above the limit."""
+    """Bit-identical to the input if no value was above the limit."""
     count_N: Tensor
-    """How many values were, to a rounding; 0 where that is no number, as of a matrix that is not finite."""
+    """How many values were above the limit, up to rounding; 0 for a matrix that is not finite."""
 
 
 def polar(matrices_NKL: Tensor) -> Tensor:
-    """U V^T of each, float32 (N, K, L); of a rank-deficient one U V^T of the values that are there, 0 of a zero matrix.
+    """U V^T of each matrix, float32 (N, K, L). For a rank-deficient one, of its nonzero values; 0 for a zero matrix.
 
-    By nine steps of Newton-Schulz's kind, X <- (a + b X X^T + c (X X^T)^2) X. `bound` is (sum s^4)^(1/4), which is at
-    least the greatest value and at most K^(1/4) times it.
+    Nine steps of Newton-Schulz type, X <- (a + b X X^T + c (X X^T)^2) X. `bound` is (sum s^4)^(1/4), which is at least
+    the largest value and at most K^(1/4) times it.
     """
     x_NKL = matrices_NKL / matrices_NKL.abs().amax((1, 2), keepdim=True).clamp_min(TINY)
     gram_NKK = x_NKL @ x_NKL.mT
@@ -66,10 +68,10 @@ def polar(matrices_NKL: Tensor) -> Tensor:
 
 
 def clipped(matrices_NKL: Tensor, limit: float) -> Clipped:
-    """W - sum (s - limit) u v^T over the triplets whose value s is above the limit, to an `EDGE`.
+    """Clip singular values: W - sum (s - limit) u v^T over the triplets with s above the limit, up to `EDGE`.
 
     With P = U V^T and H = W P^T = U S U^T, the projector on the left vectors of those values is (1 + sign(H - limit)) /
-    2, and a sign is a polar factor. So the other values keep theirs, which (W + limit P - ...) / 2 would not grant.
+    2, and a matrix sign is a polar factor. Unlike (W + limit P - ...) / 2, this keeps the other values.
     """
     polar_NKL = polar(matrices_NKL)
     scaled_NKK = matrices_NKL @ polar_NKL.mT

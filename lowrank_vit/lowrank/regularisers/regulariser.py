@@ -1,7 +1,7 @@
-"""Regulariser of a training step: what it adds to gradients or takes from weights, so that weights come near low rank.
+"""Regularisers in a training step: they change gradients or weights so that weights come near low rank.
 
-Every `--reg-every` updates the penalties' gradients are computed from the weights as they are, and kept until the next
-time: they change no faster than directions do. All stays on the device; the host never waits for it.
+Every `--reg-every` updates the penalties' gradients are computed from the current weights, and reused until the next
+time, since they change slowly. Everything stays on the device; the host never waits for it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from lowrank_vit.ranks.world import World
 from lowrank_vit.spectral.select import select_targets
 
 _TOGETHER = 2**25
-"""Entries of the matrices whose functions are computed at a time: each takes about five times their memory."""
+"""Matrix entries processed at a time; the work takes about five times their memory."""
 _NUCLEAR, _STABLE_RANK, _ERROR, _LEFT_OUT = range(4)
-"""What is noted of each matrix."""
+"""Columns of the numbers noted for each matrix."""
 _NO_NUMBER = torch.finfo(torch.float32).max
-"""In the place of what is none: a checkpoint holds finite numbers alone."""
+"""Stands for NaN and infinity: a checkpoint holds only finite numbers."""
 
 
 class _Matrix(NamedTuple):
-    """A matrix of the penalties: a weight, or a part of the rows of a product of two factors."""
+    """A matrix that the penalties act on: a weight, or one part of the rows of a product of two factors."""
 
     parameters: tuple[int, ...]
-    """Number of the weight, or of `up` and `down`, among the parameters."""
+    """Index of the weight, or indices of `up` and `down`, among the parameters."""
     parts: int
     part: int
     shape: tuple[int, int]
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The weight (R, C), or its factors (R, r) and (r, C), of what stands for the parameters."""
+        """The weight (R, C), or its factors (R, r) and (r, C), from `tensors`, which are shaped as the parameters."""
         found = [tensors[number] for number in self.parameters]
         if len(found) == 1:
             return [found[0].flatten(1)]
@@ -48,62 +48,62 @@ class _Matrix(NamedTuple):
 
 
 class Regulariser:
-    """Nuclear norm, stable rank and clipped values of the targets; the same bits on every rank.
+    """Nuclear norm, stable rank and clipping of the targets; bit-identical on every rank.
 
-    A layer in factors W = A B (each part of its rows by itself) takes part so: the nuclear norm by its variational form
-    (|A|^2 + |B|^2) / 2, which is never less and is the same where the factors are balanced; the stable rank as that of
-    the product; clipping of each factor at the root of the limit, which the product's values then cannot exceed.
+    For a factorised layer W = A B (each part of its rows by itself): the nuclear norm is taken in its variational form
+    (|A|^2 + |B|^2) / 2, which is never less, and equal if the factors are balanced; the stable rank is that of the
+    product; clipping acts on each factor at the root of the limit, so the product's values cannot exceed the limit.
     """
 
     def __init__(self, options: LowRank, model: nn.Module, optimizer: Optimizer, world: World | None = None) -> None:
-        """`model`: the raw module, on its device. Raises `UserError` where no target is trained."""
+        """`model`: the raw module, on its device. Raises `UserError` if no target is trained."""
         self._options, self._world = options, world or World()
         self.follow(model, optimizer)
         device = self._parameters[0].device
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
-        """Gradients of the stable rank left out so far, and values that the last clipping has brought down."""
+        """Stable-rank gradients left out so far, and values lowered by the last clipping."""
 
     @classmethod
     def of(cls, options: LowRank, model: nn.Module, optimizer: Optimizer, world: World) -> Regulariser | None:
-        """What the flags ask for; None where they ask for nothing."""
+        """The regulariser for the flags; None if they are all off."""
         is_on = options.reg_nuclear or options.reg_stable_rank or options.spectral_clip
         return cls(options, model, optimizer, world) if is_on else None
 
     def follow(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Take the targets as they are now, after layers were put in factors; gradients are computed anew."""
+        """Take the current targets, as after layers were factorised; gradients are recomputed."""
         self._optimizer = optimizer
         own = self._options.reg_targets
         patterns, flag = (own, "--reg-targets") if own else (self._options.lowrank_targets, "--lowrank-targets")
         names = select_targets(with_products(dict(model.named_parameters())), patterns, flag)
         self._parameters, self._matrices = _matrices_of(model, list(names))
         if not self._matrices:
-            raise UserError(f"No weight that {flag} names is trained. Leave the --reg- options out.")
+            raise UserError(f"None of the weights that {flag} names is trained. Leave out the --reg options.")
         sizes = [parameter.numel() for parameter in self._parameters]
         sizes += [min(matrix.shape) for matrix in self._matrices] + [4 * len(self._matrices)]
         self._kept = torch.zeros(sum(sizes), device=self._parameters[0].device)
-        """Gradients by parameter, left vectors by matrix, and the numbers of `_NUCLEAR` and so on by matrix."""
+        """Gradients by parameter, left vectors by matrix, and four numbers by matrix (`_NUCLEAR` and so on)."""
         self._sizes, self._is_fresh = sizes, False
         self._groups: list[list[int]] | None = None
 
     def in_words(self) -> str:
-        """A line about what it does."""
+        """A line for the log about what is regularised."""
         options, count = self._options, len(self._matrices)
-        way = "with the loss's gradients" if options.reg_coupled else "apart from the loss's gradients"
+        way = "coupled" if options.reg_coupled else "decoupled"
         parts = {
             f"nuclear norm {options.reg_nuclear:g}, {way}": options.reg_nuclear,
             f"stable rank {options.reg_stable_rank:g}, {way}": options.reg_stable_rank,
-            f"values clipped to {options.spectral_clip}": options.spectral_clip,
+            f"singular values clipped at {options.spectral_clip}": options.spectral_clip,
         }
         acting = "; ".join(text for text, value in parts.items() if value)
         return f"{count} matrices regularised every {options.reg_every} updates: {acting}"
 
     def before_step(self, update: int, is_skipped: Tensor | None = None) -> None:
-        """Add the penalties to the gradients, or take them from the weights; before the step of update `update`.
+        """Add the penalties to the gradients, or subtract them from the weights, before the step of update `update`.
 
-        Taken from the weights as AdamW takes decay, learning rate times gradient, and no optimizer sees it: Adam's
-        second moments would divide it by the size of the loss's gradients. With `--reg-coupled` it is added to the
-        gradients, behind clipping, as torch's own L2 penalty is. `is_skipped`, (), above 0 where a scaler skips this
-        update.
+        By default the weights move by learning rate times gradient, like AdamW's weight decay. The optimizer does not
+        see this: Adam's second moments would divide it by the size of the loss's gradients. With `--reg-coupled` the
+        penalties are added to the gradients after gradient clipping, like torch's own L2 penalty. `is_skipped`, (), is
+        above 0 if a gradient scaler skips this update.
         """
         if not (self._options.reg_nuclear or self._options.reg_stable_rank):
             return
@@ -123,7 +123,7 @@ class Regulariser:
                     torch._foreach_add_(weights, gradients, alpha=-group["lr"])  # pyright: ignore
 
     def after_step(self, update: int) -> None:
-        """Bring values above the limit down to it, after the step of update `update`, where that is due."""
+        """Clip singular values after the step of update `update`, if that is due."""
         limit, every = self._options.spectral_clip, self._options.reg_every
         if limit is None or (update + 1) % every:
             return
@@ -147,11 +147,12 @@ class Regulariser:
             self._counts[1] = numbers.sum()
 
     def values(self) -> dict[str, float]:
-        """What to log, of the last refresh and clipping; waits for the device.
+        """Values to log, from the last computation and clipping; waits for the device.
 
-        `nuclear_norm`: sum over the targets. `stable_rank`: mean; `stable_rank_error`: the worst certificate of a first
-        value, both of the matrices that have one; `stable_rank_left_out`: gradients that were none, so far.
-        `clipped_values`: of the last clipping. What is no number is not there.
+        `nuclear_norm`: sum over the targets. `stable_rank`: mean, and `stable_rank_error`: the largest relative error
+        bound of a first value, both over the certified matrices. `stable_rank_left_out`: gradients left out so far
+        because they were not certified. `clipped_values`: count of the last clipping. Values that are NaN or infinite
+        are missing.
         """
         numbers = self._split(self._kept)[-1].view(-1, 4)
         is_good = numbers[:, _LEFT_OUT] == 0
@@ -167,16 +168,16 @@ class Regulariser:
         return found | ({"clipped_values": int(count)} if self._options.spectral_clip else {})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What an update needs that is not known from the weights."""
+        """The state that the weights do not tell."""
         return {"kept": self._kept if self._is_fresh else self._kept.new_zeros(0), "counts": self._counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from there. Raises `UserError` where that is of other targets."""
+        """Continue from a state. Raises `UserError` if it is of other targets."""
         kept = state["kept"]
         if kept.numel() not in (0, self._kept.numel()):
             raise UserError(
-                f"the penalties' gradients have {kept.numel()} numbers, the targets {self._kept.numel()}. The file is "
-                "damaged; give another one of the run."
+                f"the penalties' gradients have {kept.numel()} values, but the targets need {self._kept.numel()}. The "
+                "file is damaged. Give another one of the run."
             )
         self._is_fresh = kept.numel() > 0
         if self._is_fresh:
@@ -185,7 +186,7 @@ class Regulariser:
         self._groups = None
 
     def _refresh(self) -> None:
-        """Compute each matrix's gradients on the rank that it falls to, and share them."""
+        """Compute each matrix's gradients on its rank, and share them with all ranks."""
         last = self._split(self._kept)
         new = torch.zeros_like(self._kept)
         parts = self._split(new)
@@ -202,7 +203,7 @@ class Regulariser:
         self._is_fresh = True
 
     def _add(self, own: list[int], last: Sequence[Tensor], parts: Sequence[Tensor], numbers: Tensor) -> None:
-        """Add the gradients of matrices of one shape, whole or in factors alike, to `parts`, and note their numbers."""
+        """Write the gradients and numbers of matrices of one shape to `parts`; all are whole, or all are factorised."""
         options, at = self._options, len(self._parameters)
         pairs = [self._matrices[i].of(self._parameters) for i in own]
         is_whole = len(pairs[0]) == 1
@@ -233,7 +234,7 @@ class Regulariser:
             numbers[i].copy_(noted_4)
 
     def _batches(self, *, by_factor: bool = False) -> Generator[list[tuple[int, int]]]:
-        """Matrices of one shape, or factors of them, as (number, 0 or number of the factor): as many as go together."""
+        """Batches of matrices or factors of one shape, as (index of the matrix, 0 or index of the factor)."""
         by_shape: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for i, matrix in enumerate(self._matrices):
             shapes = [matrix.shape]
@@ -247,7 +248,7 @@ class Regulariser:
                 yield alike[begin : begin + count]
 
     def _split(self, kept: Tensor) -> list[Tensor]:
-        """Views of what is kept: shaped as the parameters, then left vectors, then numbers."""
+        """Views of `kept`: gradients shaped as the parameters, then left vectors, then numbers."""
         views = list(kept.split(self._sizes))
         shaped = [view.view(one.shape) for view, one in zip(views, self._parameters, strict=False)]
         return shaped + views[len(shaped) :]
@@ -262,7 +263,7 @@ class Regulariser:
 
 
 def _matrices_of(model: nn.Module, names: Sequence[str]) -> tuple[list[nn.Parameter], list[_Matrix]]:
-    """The trained parameters of the modules of those names, each once, and the matrices that they are of."""
+    """The trained parameters of the named modules, each once, and the matrices that they make."""
     parameters: list[nn.Parameter] = []
     matrices: list[_Matrix] = []
     for name in names:
@@ -285,15 +286,15 @@ def _wide(matrix_RC: Tensor) -> Tensor:
 
 
 def _back(wide_KL: Tensor, shape: Sequence[int]) -> Tensor:
-    """Undo `_wide` of a matrix of that shape."""
+    """Undo `_wide` for a matrix of this shape."""
     return wide_KL if shape[0] <= shape[1] else wide_KL.mT
 
 
 @contextmanager
 def _ieee_products() -> Generator[None]:
-    """Products of float32 without TF32, whose errors would be a hundredth of a polar factor; said for all threads.
+    """Compute float32 products without TF32, which would make errors of 1 % in a polar factor; holds for all threads.
 
-    Of the others only the monitor multiplies on a GPU while a step is made, in float64.
+    The only other thread that multiplies on a GPU during a step is the monitor's, in float64.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

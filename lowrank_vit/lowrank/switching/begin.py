@@ -1,4 +1,4 @@
-"""The beginning of a training that becomes low-rank: what is wrong with its options, its targets and its images."""
+"""Set up training that becomes low-rank: checks of its options and targets, and its calibration images."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from lowrank_vit.spectral.fused import fused_qkv
 from lowrank_vit.spectral.layers import targets_of_model
 
 _BATCH = 128
-"""Calibration images that are decoded at a time; the loss before and after a switch is that of the first batch."""
+"""Calibration images per batch; the loss before and after a switch is that of the first batch."""
 
 
 def check_low_rank_training(config: Config, model: nn.Module, num_epochs: int) -> None:
-    """Raise `UserError` for targets that match nothing or are not watched, budgets without room, and epochs too late.
+    """Raise `UserError` for targets that match nothing or are not monitored, budgets too small, and epochs too late.
 
-    For a model as it is built: what else `begin` refuses, its weights must tell.
+    The model needs no weights yet; `begin` makes the checks that need them.
     """
     options = config.lowrank
     weights = possible_weights(model, options.lowrank_targets, TARGETS_FLAG)
@@ -49,17 +49,16 @@ def check_low_rank_training(config: Config, model: nn.Module, num_epochs: int) -
     schedule = parse_schedule(options.lowrank_schedule)
     if late := [epoch for epoch in schedule if epoch >= num_epochs]:
         raise UserError(
-            f"--lowrank-schedule {late[0]}={schedule[late[0]]:g}: the run ends after {num_epochs} epochs, so nothing "
-            f"would be trained behind that switch. Give {f'{num_epochs - 1} at most, or ' * (num_epochs > 1)}a greater "
-            "--epochs."
+            f"--lowrank-schedule {late[0]}={schedule[late[0]]:g}: the run ends after {num_epochs} epochs, so no epoch "
+            f"would follow that switch. Give {f'{num_epochs - 1} at most, or ' * (num_epochs > 1)}a larger --epochs."
         )
     watched = targets_of_model(model, config.spectra.spec_targets, config.spectra.spec_split_qkv)
     if not schedule and (unseen := [name for name in weights if name not in watched]):
         split = config.spectra.spec_split_qkv and f"{unseen[0]}.q" in watched
         advice = "Leave out --spec-split-qkv" if split else f"Add it to --spec-targets, or take it from {TARGETS_FLAG}"
         raise UserError(
-            f"--lowrank-train {options.lowrank_train} rests on the spectra that are watched, and {unseen[0]} is not"
-            f"{' as one matrix' if split else ''}. {advice}; or say when with --lowrank-schedule."
+            f"--lowrank-train {options.lowrank_train} needs monitored spectra, and {unseen[0]} is not monitored"
+            f"{' as one matrix' if split else ''}. {advice}; or give the epochs with --lowrank-schedule."
         )
 
 
@@ -80,37 +79,40 @@ def begin(
     is_resumed: bool,
     say: Say,
 ) -> LowRankTraining | None:
-    """What puts layers of the run in factors; None without --lowrank-train. Raises `UserError`, see `find_targets`.
+    """Make the object that factorises layers during the run; None without --lowrank-train.
 
     Args:
-        config: of the run, with nothing left open.
-        model: raw, on its device, with the layers in factors of a run that is resumed.
-        ema: its average.
-        optimizer: the model's.
-        scheduler: the optimizer's.
+        config: of the run, fully resolved.
+        model: the raw module, on its device; factorised layers of a resumed run are in place.
+        ema: the model's EMA.
+        optimizer: of the model.
+        scheduler: of the optimizer.
         train: the training set; None: synthetic images.
         plan: of the training.
-        spec: what the model sees.
+        spec: the model's input.
         augment: normalises images, on the model's device.
         num_epochs: of the whole run.
-        world: the ranks, which call this together.
+        world: the ranks; all of them call this.
         rebuild: see `LowRankTraining`.
-        is_resumed: whether layers may be in factors already.
-        say: told of layers that are left as they are.
+        is_resumed: whether layers may be factorised already.
+        say: prints a line about layers that stay whole.
+
+    Raises:
+        UserError: see `find_targets`; or a budget is too small for rank 1 of every target.
     """
     options, spectra = config.lowrank, config.spectra
     if options.lowrank_train == "none":
         return None
     whole = merged_copy(model) if is_resumed else model
-    say = say if whole is model else lambda line: None  # a run that goes on has said it
+    say = say if whole is model else lambda line: None  # the first run has printed it
     patterns, side = options.lowrank_targets, spec.img_size
-    already = "; or leave out --lowrank-train, and its factors train on as they are"
+    already = "; or leave out --lowrank-train to train its factors as they are"
     targets = find_targets(whole, patterns, img_size=side, flag=TARGETS_FLAG, say=say, already=already)
     costs = costs_alone({name: layer.weight for name, layer in targets.items()})
     _check_budgets(config, costs)
     if never := _never_pays(costs):
-        say(f"note: {never}; left whole")
-    # kfac's ranks take images; what is logged beside a schedule does not.
+        say(f"note: {never}; these stay whole")
+    # The ranks of kfac need images; logging beside a schedule must not.
     rule = "energy" if options.lowrank_train == "kfac" and options.lowrank_schedule else options.lowrank_train
     fused = fused_qkv(whole)
     of_options: dict[str, Any] = {"energy": options.lowrank_energy, "times": options.lowrank_settled}
@@ -118,10 +120,10 @@ def begin(
     first = options.lowrank_settled * span.full_every + spectra.spec_every
     if not options.lowrank_schedule and first >= span.last_update:
         say(
-            f"warning: --lowrank-train {options.lowrank_train} can put no layer in factors in this run: with "
-            f"--lowrank-settled {options.lowrank_settled} and a whole refresh every {span.full_every} updates, the "
-            f"first could go at update {first}, and {span.last_update} is the last. Lower --spec-every, "
-            "--spec-full-every or --lowrank-settled, or say when with --lowrank-schedule"
+            f"warning: --lowrank-train {options.lowrank_train} cannot factorise any layer in this run: with "
+            f"--lowrank-settled {options.lowrank_settled} and a complete refresh every {span.full_every} updates, "
+            f"update {first} would be the first, and {span.last_update} is the last. Lower --spec-every, "
+            "--spec-full-every or --lowrank-settled, or give the epochs with --lowrank-schedule"
         )
     return LowRankTraining(
         options=options,
@@ -139,13 +141,13 @@ def begin(
 
 
 class TrainingImages:
-    """Some images of the training set as validation sees them, drawn by the seed; decoded once, when first asked for.
+    """Training images drawn by the seed, preprocessed as in validation; decoded once, on first use.
 
-    Always decoded by ffcv's way: what a switch makes does not depend on --loader.
+    They are always decoded by the ffcv backend, so that a switch does not depend on --loader.
     """
 
     def __init__(self, config: Config, train: Beton | None, plan: TrainPlan, spec: InputSpec, augment: Augment) -> None:
-        """`train` None: the synthetic images of `plan`."""
+        """With `train` None, the images are the synthetic ones of `plan`."""
         self._config, self._train, self._plan, self._spec, self._augment = config, train, plan, spec, augment
 
     def __call__(self) -> Sequence[tuple[Tensor, Tensor]]:
@@ -154,7 +156,7 @@ class TrainingImages:
 
     @cached_property
     def _batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Images uint8 and labels, on the CPU."""
+        """Batches of images, uint8, and labels, on the CPU."""
         cpu, count = torch.device("cpu"), self._config.lowrank.lowrank_calibration_images
         if self._train is None:
             made = next(SyntheticLoader(self._plan, self._augment.num_classes, cpu).batches(0))
@@ -175,7 +177,7 @@ class TrainingImages:
 
 
 class _Normalised(Sequence[tuple[Tensor, Tensor]]):
-    """Batches that are normalised when they are taken, so that no more than one is on the device."""
+    """Batches that are normalised on access, so that at most one is on the device."""
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]], augment: Augment) -> None:
         self._batches, self._augment = batches, augment
@@ -194,13 +196,13 @@ def _kept(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _never_pays(costs: Costs) -> str:
-    """The targets of which factors of any rank have no fewer weights; empty without one."""
+    """A phrase naming the targets that factors of no rank make smaller; empty if there is none."""
     never = [f"{name} ({one.rows} x {one.columns})" for name, one in costs.layers.items() if not one.pays]
     return f"factors of no rank have fewer weights than {', '.join(never)}" if never else ""
 
 
 def _check_budgets(config: Config, costs: Costs) -> None:
-    """Raise `UserError` for budgets without room, and for targets of which none can save anything."""
+    """Raise `UserError` for budgets too small for rank 1 of every target, and if no target can save anything."""
     options = config.lowrank
     if not any(one.pays for one in costs.layers.values()):
         raise UserError(f"{TARGETS_FLAG} {options.lowrank_targets}: {_never_pays(costs)}. Name other layers.")

@@ -1,4 +1,4 @@
-"""What becomes of one layer at a switch, worked out before anything is changed.
+"""The change of one layer at a switch, computed before anything is changed.
 
 Letters of shapes: weight W (R, C), up A (R, r), down B (P r, C), P parts of the rows (see `model.low_rank`).
 """
@@ -22,34 +22,35 @@ from lowrank_vit.model.low_rank import LowRankLinear, parts_of, product
 
 KeptMoments = Literal["carry", "restart"]
 _LATER: dict[KeptMoments, float] = {"carry": 0.25, "restart": 0.5}
-"""How far, in the logarithm, the speed of later steps is from that of the first to that of independent entries."""
+"""Where the speed of later steps lies between that of the first (0) and that of independent entries (1), in
+logarithm."""
 _FINEST = 4
-"""Scales are powers of 2^(1/4): near enough for layers to share a group, so that a step has few."""
+"""Scales are powers of 2^(1/4), so that layers share groups and a step has few of them."""
 _WIDEST = 6
 """Scales are within 2^-6 and 2^6."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one layer."""
+    """How one layer changed."""
 
     rank: int
     scale: float
-    """Learning rate of its factors, as a multiple of its weight's."""
+    """Learning rate of the factors, as a multiple of the weight's."""
     rate_before: float
-    """|dW|_F / |W|_F in an update, by the optimizer's averages and learning rate as they are; NaN without averages."""
+    """|dW|_F / |W|_F per update, by the optimizer's current averages and learning rate; NaN without averages."""
     rate_unscaled: float
-    """|d(A B)|_F / |A B|_F to expect of the updates that follow, were the learning rate the weight's."""
+    """Expected |d(A B)|_F / |A B|_F of the next updates with the weight's learning rate."""
     rate_after: float
-    """The same with the scale."""
+    """The same with the scaled learning rate."""
     error: float
     """|W - A B|_F / |W|_F."""
     ema_error: float
-    """The same of the EMA's weight and factors; NaN without an EMA."""
+    """The same for the EMA's weight and factors; NaN without an EMA."""
 
 
 class Average(NamedTuple):
-    """Another weight of a layer, in the gauge of its factors."""
+    """Another weight of a layer, such as the EMA's, as factors in the same gauge."""
 
     up: Tensor
     down: Tensor
@@ -57,7 +58,7 @@ class Average(NamedTuple):
 
 
 class Made(NamedTuple):
-    """All that is new of a layer, on the CPU; nothing of it is in use yet."""
+    """Everything new for a layer, on the CPU; nothing of it is in use yet."""
 
     factors: NewFactors
     ema: Average | None
@@ -67,24 +68,24 @@ class Made(NamedTuple):
 
 
 def sources_of(layer: nn.Module) -> tuple[nn.Parameter, ...]:
-    """The parameters that factors take the place of."""
+    """The parameters that new factors replace."""
     return (layer.up, layer.down) if isinstance(layer, LowRankLinear) else (layer.weight,)  # type: ignore[return-value]
 
 
 class Trial(NamedTuple):
-    """A layer, its factors and how it is trained; works out all that is new of it, and changes nothing."""
+    """A layer, its new factors and how it is trained; computes everything new for it and changes nothing."""
 
     name: str
     layer: nn.Module
     new: NewFactors
     optimizer: Optimizer
     group: Mapping[str, Any] | None
-    """The group that the weight was in, as the optimizer was made; None: the layer does not train."""
+    """The optimizer's original group of the weight; None: the layer is not trained."""
     place: Placed | None
     moments: KeptMoments
 
     def made(self, average: nn.Module | None) -> Made:
-        """All that is new; `average`: the EMA's layer."""
+        """Everything new for the layer; `average`: the EMA's layer. Raises `UserError` for a NaN or an infinity."""
         weight = weight_of(self.layer)
         states: tuple[State, State] = {}, {}
         slow, rates = None, (math.nan, math.nan, 1.0)
@@ -110,7 +111,7 @@ class Trial(NamedTuple):
     def _check_finite(self, *averages: Tensor) -> None:
         if not all(bool(one.isfinite().all()) for one in averages):
             raise UserError(
-                f"{self.name}: the optimizer's averages or those of the weights hold a NaN or an infinity. Training "
+                f"{self.name}: the optimizer's state or the EMA's weights hold a NaN or an infinity. Training "
                 "has diverged: lower --lr, or resume from an earlier checkpoint."
             )
 
@@ -126,14 +127,14 @@ class Trial(NamedTuple):
         return Projection(self.layer.up, self.layer.down, t_Prq.mT, s_Pqr.mT)
 
     def _rates(self, weight: Tensor, states: tuple[State, State]) -> tuple[float, float, float]:
-        """See `Change`: rate_before, rate_unscaled, scale.
+        """Compute rate_before, rate_unscaled and scale of `Change`.
 
-        dW of a weight is the optimizer's step. Of factors the change of the product is dA B + A dB, but for dA dB,
-        which is smaller by the learning rate. With the averages that are carried over that is exact for the first step.
-        Later ones agree less from entry to entry, as averages of squares learn of products of entries; though more than
-        independent entries would, of the root mean square q that the old step's have: |dA B|_F would be
-        q sqrt(R / P) |B|_F, and |A dB|_F q sqrt(C) |A|_F. So the speed is taken to be a quarter of the way to that one,
-        in the logarithm, and half of the way where squares begin anew and the first steps are a warm-up.
+        For a weight, dW is the optimizer's step. For factors, the change of the product is dA B + A dB; dA dB is
+        smaller by the learning rate. With the carried-over averages this is exact for the first step. In later steps
+        the entries agree less, as averages of squares learn about products of entries, but more than independent
+        entries would. With the root mean square q of the old step, independent entries would give |dA B|_F = q sqrt(R /
+        P) |B|_F and |A dB|_F = q sqrt(C) |A|_F. The speed is therefore taken to be a quarter of the way to that one, in
+        the logarithm, or half of the way if squares restart and the first steps are a warm-up.
         """
         assert self.group is not None
         assert self.place is not None
@@ -161,7 +162,7 @@ class Trial(NamedTuple):
         return lr * before, lr * unscaled, scale
 
     def _slow(self) -> Average | None:
-        """Lookahead's slow weights; None where the optimizer keeps none."""
+        """Lookahead's slow weights as factors; None if the optimizer keeps none."""
         state, bias = inner(self.optimizer).state, self.layer.bias
         slow = [state.get(one, {}).get(SLOW) for one in sources_of(self.layer)]
         if any(one is None for one in slow):
@@ -170,7 +171,7 @@ class Trial(NamedTuple):
         return self._other(weight, None if bias is None else state.get(bias, {}).get(SLOW))  # type: ignore[arg-type]
 
     def _other(self, weight: Tensor, bias: Tensor | None) -> Average:
-        """Another weight and bias of the layer in the gauge of its factors; the bias makes up for what is cut off."""
+        """Another weight and bias of the layer, in the gauge of its factors; the bias corrects what is cut off."""
         self._check_finite(weight)
         up, down = in_gauge(weight, *self.new[:2])
         if bias is not None and self.new.mean is not None:
@@ -180,7 +181,7 @@ class Trial(NamedTuple):
 
 
 def _moved(up: Tensor, down: Tensor, step_up: Tensor | None, step_down: Tensor | None) -> Tensor:
-    """How the product moves with its factors, to first order."""
+    """The change of the product with its factors, to first order."""
     assert step_up is not None
     assert step_down is not None
     return product(step_up, down) + product(up, step_down)
@@ -191,7 +192,7 @@ def _distance(weight: Tensor, other: Tensor) -> float:
 
 
 def _on_cpu(value: Any) -> Any:
-    """The same with all tensors on the CPU, so that it can be sent to other ranks."""
+    """The value with all tensors on the CPU, so that it can be sent to other ranks."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""Training that becomes low-rank: waits for what whole refreshes have seen, decides alike on every rank, and switches.
+"""Training that becomes low-rank: waits for complete refreshes, decides alike on every rank, and switches.
 
-Nothing here depends on how fast a worker is. A whole refresh of update u is waited for at the next refresh's update v,
-and what it has seen acts there: the switch is a part of update v, and so of every checkpoint of it. A switch by
---lowrank-schedule is a part of its epoch's first update.
+Nothing here depends on the speed of a worker. The complete refresh of update u is waited for at update v, when the next
+refresh is due, and its results act there. The switch belongs to update v, and so to every checkpoint of it. A switch by
+--lowrank-schedule belongs to its epoch's first update.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Span:
-    """When something can happen in a run."""
+    """The updates at which a switch can happen."""
 
     full_every: int
-    """Updates between two whole refreshes that count."""
+    """Updates between two complete refreshes."""
     last_update: int
-    """The run's last."""
+    """The last update of the run."""
 
 
 @dataclass
 class LowRankTraining:
-    """The switches of one run. Every rank has one and calls it alike, but for `see`.
+    """The switches of one run. Every rank has one and makes the same calls, except `see`.
 
-    `see` is called in the monitor's thread, all else in the main one: at an update at which a refresh is due, before
-    its copies are taken, `at_refresh`; before an epoch's first update `at_epoch`. Both return whether the model has
-    changed. `wait` must have been called before a state is saved or looked at.
+    `see` is called in the monitor's thread, all other methods in the main thread. At an update with a due refresh,
+    `at_refresh` is called before the weights are copied; before an epoch's first update, `at_epoch`. Both return
+    whether the model has changed. `wait` must have been called before a state is saved or inspected.
     """
 
     options: LowRank
@@ -56,41 +56,41 @@ class LowRankTraining:
     optimizer: Optimizer
     scheduler: Any
     costs: Costs
-    """Of the targets alone."""
+    """Costs of the targets alone."""
     settling: Settling
     planner: Planner
     span: Span
     world: World
     rebuild: Callable[[], object]
-    """Called behind a switch, for all that was made of the model's parameters."""
+    """Called after a switch, to rebuild what depends on the model's parameters."""
     wait: Callable[[], object] = lambda: None
-    """Waits until the monitor's worker has done what it was given."""
+    """Waits until the monitor's worker has finished its work."""
     _events: list[Event] = field(default_factory=list[Event])
     _num_switches: int = 0
     _ranks: Ranks = field(default_factory=Ranks)
-    """Of the layers in factors, or in a dry run of those that would be."""
+    """Ranks of the factorised layers, or in a dry run of those that would be."""
     _seen: int = -1
-    """The update of the newest whole refresh that was looked at."""
+    """The update of the latest complete refresh that was judged."""
     _decided: int = -1
-    """The one that was decided on last."""
+    """The update of the latest refresh that was decided on."""
     _wanted: Ranks | None = None
     """kfac: the ranks at which directions are judged."""
     _chosen: int = -1
-    """kfac: the update that these were chosen at."""
+    """kfac: the update at which these ranks were chosen."""
     _failure: str = ""
-    """Why that refresh could not be looked at."""
+    """Why the latest refresh could not be judged; empty if it could."""
     _shown: frozenset[str] | None = None
-    """The layers that this rank is shown; None: it has not been shown any, and knows of all what a checkpoint has."""
+    """The layers that this rank sees. None: it has seen none yet, and knows what a checkpoint says of all."""
 
     def __post_init__(self) -> None:
         self.schedule = parse_schedule(self.options.lowrank_schedule)
         self._ranks = {name: rank for name, rank in ranks_of(self.model).items() if name in self.costs.layers}
 
     def see(self, update: int, weights: Mapping[str, Tensor] | Exception) -> None:
-        """Look at the copies of a whole refresh, or note why there are none; in the worker's thread.
+        """Judge the weight copies of a complete refresh, or note why there are none; in the worker's thread.
 
-        A refresh that is done again is not counted. One that comes out of turn, since a run was resumed without its
-        spectra, is none that an uninterrupted run has.
+        Repeated refreshes are ignored. So are those at other updates: they follow a resume without spectra, and an
+        uninterrupted run does not have them.
         """
         if self._is_used_up or update <= max(self._seen, self._decided) or update % self.span.full_every:
             return
@@ -102,15 +102,16 @@ class LowRankTraining:
             in_factors = {} if self.options.lowrank_dry_run else self._ranks
             self.settling.see(update, watched, ranks=self._wanted, in_factors=in_factors)
             self._failure = ""
-        except Exception as error:  # the refresh's own numbers are none the worse for it
+        except Exception as error:  # the refresh's own numbers are still good
             self._failure = _why(error)
         self._seen = update
 
     def at_refresh(self, update: int) -> bool:
-        """Decide on what the refresh before has seen, and make ready for the one that is due now.
+        """Decide by the previous refresh, and prepare for the one that is due now. Returns whether the model has
+        changed.
 
-        That there is something to decide on follows from the update alone, so ranks talk with one another in step,
-        whatever has become of the refresh on each of them.
+        Whether there is something to decide follows from the update alone, so the ranks communicate in step, even if
+        the refresh failed on some of them.
         """
         self._wait_for_worker()
         is_changed, newest = False, (update - 1) // self.span.full_every * self.span.full_every
@@ -123,7 +124,7 @@ class LowRankTraining:
         return is_changed
 
     def at_epoch(self, epoch: int, update: int) -> bool:
-        """Switch where the schedule says so; `epoch` is 0-based, `update` that of the updates made so far."""
+        """Switch if the schedule says so; `epoch` is 0-based, `update` counts the updates made so far."""
         budget = self.schedule.get(epoch)
         if budget is None:
             return False
@@ -140,16 +141,16 @@ class LowRankTraining:
         self._events += [Event(update + 1, {"event": "note", "why": line}, f"note: {line}") for line in notes]
         ranks = {name: rank for name, rank in ranks.items() if rank < self._ranks.get(name, rank + 1)}
         if not ranks:
-            return self._leave_whole(update + 1, f"no layer would be smaller with a budget of {budget:g}")
+            return self._leave_whole(update + 1, f"a budget of {budget:g} makes no layer smaller")
         return self._switch(Decision(update + 1, ranks), update, moments, {"epoch": epoch, "budget": budget})
 
     def events(self) -> list[Event]:
-        """What has happened since the last call, oldest first; nothing on all ranks but the first."""
+        """What has happened since the last call, oldest first; empty on all ranks but the first."""
         events, self._events = self._events, []
         return events if self.world.is_first else []
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors for a checkpoint; every rank calls it together, and gets the same."""
+        """Plain values and tensors for a checkpoint; all ranks must call it together, and get the same."""
         self._wait_for_worker()
         own = self.settling.state_dict()
         parts = self.world.gather((self._own(own["layers"]), own["update"], self._seen, self._failure))
@@ -168,7 +169,7 @@ class LowRankTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; the model has the layers of then."""
+        """Continue from a state; the model must have the layers of that time."""
         self._num_switches, self._ranks = state["num_switches"], state["ranks"]
         self._wanted, self._chosen = state["wanted"], state["chosen"]
         self._seen, self._decided, self._failure = state["seen"], state["decided"], state["failure"]
@@ -176,17 +177,17 @@ class LowRankTraining:
 
     @property
     def _is_used_up(self) -> bool:
-        """Whether what has settled leads to nothing any more, not even to a line of the log."""
+        """Whether settled layers have no effect any more, not even a line in the log."""
         return self._num_switches >= self.options.lowrank_switches and not self.schedule
 
     def _wait_for_worker(self) -> None:
         try:
             self.wait()
-        except Exception as error:  # of a worker that has ended: the other ranks are to be told, not left waiting
+        except Exception as error:  # the worker has ended: tell the other ranks, so that they do not wait
             self._failure = _why(error)
 
     def _own(self, by_layer: Mapping[str, T]) -> dict[str, T]:
-        """What is this rank's to tell: of the layers that it is shown, and not of those that it was earlier."""
+        """The part that this rank reports: the layers that it sees now, not those that it saw earlier."""
         return {name: one for name, one in by_layer.items() if self._shown is None or name in self._shown}
 
     def _may_switch(self, update: int) -> bool:
@@ -194,16 +195,16 @@ class LowRankTraining:
         return left and not self.schedule and update < self.span.last_update
 
     def _choose_in_turn(self, update: int) -> None:
-        """kfac: choose ranks anew once in so many whole refreshes as a layer needs to settle.
+        """kfac: choose ranks anew after as many complete refreshes as a layer needs to settle.
 
-        More often would only cost time, since directions are judged at one rank while it goes on.
+        More often would only cost time, since directions are judged at one rank in the meantime.
         """
         turn = (self.options.lowrank_settled + 1) * self.span.full_every
         if self._wanted is None or update >= self._chosen + turn:
             self._choose(update)
 
     def _choose(self, update: int) -> Calibration:
-        """kfac: choose ranks by the weights as they are; on the first rank their moments. Leaves none if that fails."""
+        """kfac: choose ranks by the current weights, or none if that fails. Returns the moments on the first rank."""
 
         def chosen() -> tuple[Ranks, Calibration]:
             return self.planner.ranks_beside(self.model, self.costs, self.options.lowrank_budget, self._ranks)
@@ -221,7 +222,7 @@ class LowRankTraining:
         gathered = self.world.gather((self._own(self.settling.verdicts()), self._seen, self._failure))
         newest = self._seen = self._decided
         if failure := _failure_of([one[1:] for one in gathered], newest):
-            return self._leave_whole(update, f"the refresh of update {newest} could not be judged: {failure}")
+            return self._leave_whole(update, f"the refresh at update {newest} could not be judged: {failure}")
         verdicts = {name: verdict for part, *_ in gathered for name, verdict in part.items()}
         evidence = {name: asdict(verdicts[name]) for name in self.costs.layers if name in verdicts}
         due = decide(verdicts, self._ranks, self.costs)
@@ -229,7 +230,7 @@ class LowRankTraining:
         about = {"event": "evidence", "seen": newest, "due": due, "share": share, "needed": needed}
         self._events.append(Event(update, about | {"layers": evidence}))
         if due and update >= self.span.last_update and not self.schedule:
-            self._leave_whole(update, f"{len(due)} have settled, but no update is left to train them in factors")
+            self._leave_whole(update, f"{len(due)} have settled, but no update is left to train their factors")
         if not due or not self._may_switch(update) or share < needed:
             return False
         moments = None
@@ -240,14 +241,14 @@ class LowRankTraining:
         return self._switch(Decision(update, due, {name: evidence[name] for name in due}), update, moments, {})
 
     def _share_and_needed(self, due: Ranks, update: int) -> tuple[float, float]:
-        """What is due of what could still go, and from which share on it does; see `enough`."""
+        """The share that is due of what could still be factorised, and the share that a switch needs; see `enough`."""
         switches_left = max(self.options.lowrank_switches - self._num_switches, 1)
         updates_left = max(1 - update / self.span.last_update, 0.0)
         needed = enough(self.options.lowrank_at_once, switches_left, updates_left)
         return share_of_due(due, self._ranks, self.costs), needed
 
     def _due_as_chosen_now(self, verdicts: Mapping[str, Verdict], update: int) -> tuple[Ranks, Calibration]:
-        """kfac: what is due at ranks chosen by the weights as they are. The others' directions are judged at these."""
+        """kfac: what is due at ranks chosen by the current weights. These ranks also hold for later refreshes."""
         moments = self._choose(update)
         wanted = self._wanted or {}
         at_these = {
@@ -258,9 +259,9 @@ class LowRankTraining:
         return decide(at_these, self._ranks, self.costs), moments
 
     def _switch(self, decision: Decision, done: int, moments: Calibration, about: dict[str, Any]) -> bool:
-        """Put the layers of a decision in factors, or in a dry run see what that would be; whether they are.
+        """Factorise the layers of a decision, or in a dry run measure what that would give; returns whether it did.
 
-        `done`: updates made so far; `moments`: of now, where they are known.
+        `done`: updates made so far; `moments`: of the current weights, if known.
         """
         found, failure = self._on_first(lambda: self._made(decision, moments))
         if found is None:
@@ -282,9 +283,9 @@ class LowRankTraining:
         return not is_dry
 
     def _made(self, decision: Decision, moments: Calibration) -> tuple[dict[str, Made], Measured, Measured]:
-        """On the first rank: all numbers of a switch, none of a dry run, and the model without and with the factors.
+        """On the first rank: all tensors of a switch (none in a dry run), and the model measured before and after.
 
-        In a dry run both are with the layers in factors, too, that would be.
+        In a dry run both measurements include the layers that would be factorised already.
         """
         factors, is_dry = self.planner.factors(self.model, decision.ranks, moments), self.options.lowrank_dry_run
         earlier = self.planner.factors(self.model, self._ranks, moments) if is_dry and self._ranks else {}
@@ -299,7 +300,7 @@ class LowRankTraining:
         return self.model, self.ema.module if self.ema else None, self.optimizer, self.scheduler
 
     def _on_each(self, work: Callable[[], T]) -> tuple[T | None, str]:
-        """What every rank makes for itself, or None everywhere and why, where one of them cannot."""
+        """What every rank makes for itself; or, if one of them fails, None on every rank, with the reason."""
         made, failure = None, ""
         try:
             made = work()
@@ -310,18 +311,18 @@ class LowRankTraining:
         return made, ""
 
     def _on_first(self, work: Callable[[], T], send: Callable[[T], Any] = lambda made: made) -> tuple[T | None, str]:
-        """What the first rank makes, or None and why there is nothing; on other ranks, of that what `send` leaves."""
+        """What the first rank makes, or None with the reason; other ranks get what `send` returns for it."""
         made, failure = None, ""
         if self.world.is_first:
             try:
                 made = work()
-            except Exception as error:  # whatever it is: training goes on with the layers that it has
+            except Exception as error:  # whatever it is, training goes on with the current layers
                 failure = _why(error)
         sent, failure = self.world.from_first((None if made is None else send(made), failure))
         return (made if self.world.is_first else sent), failure
 
     def _leave_whole(self, update: int, why: str) -> bool:
-        line = f"warning: no layer is put in factors at update {update}: {why.rstrip('.')}. Training goes on as it is."
+        line = f"warning: no layer is factorised at update {update}: {why.rstrip('.')}. Training goes on unchanged."
         self._events.append(Event(update, {"event": "refused", "why": why}, line))
         return False
 
@@ -347,17 +348,17 @@ class LowRankTraining:
         earlier = len(self._ranks.keys() - {name for name, rank in was.items() if rank is None}) if is_dry else 0
         self._events.append(Event(decision.update, values, _in_words(decision, was, before, after, is_dry, earlier)))
         if self._num_switches == switches and not self.schedule:
-            line = f"low rank: that was switch {switches} of --lowrank-switches {switches}; layers stay as they are now"
+            line = f"low rank: this was switch {switches} of --lowrank-switches {switches}; layers stay as they are now"
             self._events.append(Event(decision.update, {"event": "used-up", "switches": switches}, line))
 
 
 def _first_of(failures: Sequence[str]) -> str:
-    """What went wrong on the first of the ranks on which something did; empty if nothing."""
+    """The failure of the lowest rank that has one; empty if none has."""
     return next((f"rank {n}: {why}" if n else why for n, why in enumerate(failures) if why), "")
 
 
 def _failure_of(looks: Sequence[tuple[int, str]], update: int) -> str:
-    """Why a rank has not judged the refresh of an update, by what all of them have looked at last, and its failure."""
+    """Why a rank has not judged the refresh of `update`; `looks`: each rank's latest refresh and its failure."""
     return _first_of([why or ("" if seen >= update else "nothing was seen of it") for seen, why in looks])
 
 
@@ -373,11 +374,11 @@ def _in_words(
     is_dry: bool,
     earlier: int,
 ) -> str:
-    """Lines of up to 80 characters; `earlier`: how many layers would be in factors already, in a dry run."""
-    beside = f"\n  (with the {earlier} of earlier dry switches in factors)" if earlier else ""
+    """Lines of up to 80 characters; `earlier`: in a dry run, how many layers would be factorised already."""
+    beside = f"\n  (with the {earlier} of earlier dry switches factorised)" if earlier else ""
     flops = ""
     if before.flops is not None and after.flops is not None:
-        flops = f"{before.flops / 1e9:.3g} -> {after.flops / 1e9:.3g} GFLOP an image, "
+        flops = f"{before.flops / 1e9:.3g} -> {after.flops / 1e9:.3g} GFLOP per image, "
     old = "full rank" if any(rank is None for rank in was.values()) else _span([rank or 0 for rank in was.values()])
     return (
         f"low rank{' (dry run)' if is_dry else ''} at update {decision.update}: {len(decision.ranks)} layers "

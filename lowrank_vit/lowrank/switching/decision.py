@@ -1,6 +1,6 @@
-"""What ranks decide on together: layers whose directions have settled go in factors, all that are due at one update.
+"""The decision, alike on all ranks: which settled layers are factorised, all due ones at one update.
 
-Switches are few, and layers settle one after the other. So a switch waits until enough are due, see `enough`.
+Switches are few, and layers settle one after the other. A switch therefore waits until enough are due, see `enough`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Protocol
 from lowrank_vit.lowrank.layers import Costs
 
 _WORTH = 0.9
-"""A layer in factors shrinks once it would keep this share of its rank or less: each switch is one of a few."""
+"""A factorised layer shrinks only to this share of its rank or less, because switches are few."""
 
 
 class Evidence(Protocol):
-    """What `decide` reads of a layer's verdict."""
+    """The part of a layer's verdict that `decide` reads."""
 
     @property
     def rank(self) -> int:
@@ -25,29 +25,29 @@ class Evidence(Protocol):
 
     @property
     def settled(self) -> bool:
-        """Whether they have stayed the same for long enough."""
+        """Whether these directions have stayed the same for long enough."""
         ...
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Which layers go in factors at an update, the same on every rank."""
+    """Which layers are factorised at an update, the same on every rank."""
 
     update: int
-    """The update that the switch is a part of."""
+    """The update that the switch belongs to."""
     ranks: dict[str, int]
-    """By name of the layer; of those that are in factors already, below what they have."""
+    """New rank by layer name; for layers that are factorised already, below the current rank."""
     evidence: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
-    """By name of the layer what it rests on."""
+    """The numbers behind the decision, by layer name."""
 
 
 def decide(verdicts: Mapping[str, Evidence], ranks: Mapping[str, int], costs: Costs) -> dict[str, int]:
-    """The ranks of the layers that are due; a pure function, so that every rank comes to the same.
+    """The ranks of the layers that are due; a pure function, so every process gets the same.
 
     Args:
-        verdicts: by name, of all layers that were looked at.
-        ranks: of the layers that are in factors already.
-        costs: what layers cost at a rank; a whole one is due only at a rank that saves something.
+        verdicts: by name, for all layers that were judged.
+        ranks: of the layers that are factorised already.
+        costs: of all targets; a whole layer is due only at a rank that saves something.
     """
     due: dict[str, int] = {}
     for name, layer in costs.layers.items():
@@ -61,14 +61,13 @@ def decide(verdicts: Mapping[str, Evidence], ranks: Mapping[str, int], costs: Co
 
 
 def share_of_due(due: Mapping[str, int], ranks: Mapping[str, int], costs: Costs) -> float:
-    """What layers have of the parameters, as they are now, of those that could still go in factors; 0-1.
+    """Current parameters of the due layers, as a share of those in all layers that could still be factorised; 0-1.
 
-    Layers in factors count with those that could only where they are due, since most never shrink; or where no whole
-    one is left.
+    Factorised layers count among these only if they are due, since most never shrink; or if no whole layer is left.
 
     Args:
         due: see `decide`.
-        ranks: of the layers that are in factors already.
+        ranks: of the layers that are factorised already.
         costs: see `decide`.
     """
     whole = {name for name, layer in costs.layers.items() if name not in ranks and layer.pays}
@@ -78,14 +77,15 @@ def share_of_due(due: Mapping[str, int], ranks: Mapping[str, int], costs: Costs)
 
 
 def enough(at_once: float | None, switches_left: int, updates_left: float) -> float:
-    """The share, see `share_of_due`, from which on a switch is made.
+    """The share, see `share_of_due`, that a switch needs.
 
-    It falls in a straight line with the updates that are left: some layers never settle, and those that have are not to
-    wait for them until nothing is left to train.
+    It falls linearly with the remaining updates: some layers never settle, and settled ones should not wait for them
+    until no training is left.
 
     Args:
-        at_once: at the run's beginning; None: one over the switches that are left, so that these last for all layers.
+        at_once: the share at the start of the run; None: one over the remaining switches, so that these suffice for all
+        layers.
         switches_left: 1 or more.
-        updates_left: share of the run's updates, 0-1.
+        updates_left: remaining share of the run's updates, 0-1.
     """
     return (1 / switches_left if at_once is None else at_once) * updates_left

@@ -1,4 +1,4 @@
-"""Factors of a layer's weight as it is now, balanced, and those of its average in the same gauge.
+"""Balanced factors of a layer's current weight, and factors of its average in the same gauge.
 
 Letters of shapes: weight W (R, C), up A (R, r), down B (P r, C), P parts of the rows (see `model.low_rank`).
 """
@@ -18,24 +18,24 @@ from lowrank_vit.lowrank.truncate import decompose
 from lowrank_vit.model.low_rank import LowRankLinear, parts_of, product
 
 RANK_TOLERANCE = 1e-6
-"""Singular values of a factor below this share of its greatest are rounding of float32."""
+"""Singular values of a factor below this share of its largest are rounding errors of float32."""
 
 
 class NewFactors(NamedTuple):
-    """What a layer becomes, of the layer's own dtype and on its device."""
+    """A layer's new factors, in the layer's dtype and on its device."""
 
     up: Tensor
     """(R, r)."""
     down: Tensor
     """(P r, C)."""
     bias: Tensor | None
-    """(R,): the layer's own, or that which makes up for what is cut off of the mean input."""
+    """(R,): the layer's own bias, or the one that corrects for the mean input."""
     mean: Tensor | None = None
-    """(C,), float64: the mean input that the bias makes up for; None: the bias is the layer's own."""
+    """(C,), float64: the mean input that the bias corrects for; None: the bias is the layer's own."""
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """The weight (R, C) that a Linear has, or that a layer in factors stands for; float64."""
+    """The weight (R, C) of a Linear, or the product of a factorised layer; float64."""
     if isinstance(layer, LowRankLinear):
         return product(layer.up, layer.down)
     assert isinstance(layer, nn.Linear)
@@ -50,18 +50,19 @@ def make_factors(
     *,
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[str, NewFactors]:
-    """Factors of layers as they are now: the matrix of that rank nearest to W by a method, from certified triplets.
+    """Factors of layers as they are now: the matrix of the given rank nearest to W by a method, from certified
+    triplets.
 
-    They are balanced, A^T A = B B^T = the diagonal of the singular values of A B, by the QR of both and the SVD of what
-    is left (`truncate.Decomposition.factors`). So both have the same norm, and of all factors with that product they
-    have the least |A|^2 + |B|^2, which is twice its nuclear norm (Srebro, Rennie & Jaakkola, NIPS 2004).
+    They are balanced: A^T A = B B^T = the diagonal matrix of the singular values of A B, by the QR of both and the SVD
+    of what is left (`truncate.Decomposition.factors`). Both factors therefore have the same norm, and among all factors
+    of that product the least |A|^2 + |B|^2, which is twice its nuclear norm (Srebro, Rennie & Jaakkola, NIPS 2004).
 
     Args:
-        model: its layers are Linear, or in factors of a greater rank.
-        ranks: by the layers' names.
-        method: one of `methods.METHODS`. `kfac` and `svdllm` take the inputs about their mean where there is a bias.
+        model: its layers are Linear, or factorised at a larger rank.
+        ranks: new rank by layer name.
+        method: one of `methods.METHODS`. `kfac` and `svdllm` take inputs about their mean if there is a bias.
         moments: of each layer; `svd` needs none.
-        progress: called after each layer with the number of those that are done.
+        progress: called after each layer with the number of layers done.
 
     Raises:
         UserError: a rank does not fit, weights are not finite, or a method lacks its moments.
@@ -70,9 +71,9 @@ def make_factors(
     for name, rank in ranks.items():
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear | LowRankLinear):
-            raise UserError(f"{name} is of class {type(layer).__name__}; only a Linear is put in factors.")
+            raise UserError(f"{name} is of class {type(layer).__name__}; only a Linear can be factorised.")
         if method != "svd" and (moments is None or name not in moments):
-            raise UserError(f"{name} has not been calibrated, which the method {method} needs.")
+            raise UserError(f"{name} has not been calibrated, but the method {method} needs its moments.")
         parts = layer.parts if isinstance(layer, LowRankLinear) else 1
         like = layer.up if isinstance(layer, LowRankLinear) else layer.weight
         of_layer = moments[name] if moments is not None and method != "svd" else None
@@ -88,17 +89,17 @@ def make_factors(
 
 
 def in_gauge(weight_RC: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of another weight in the gauge of given ones: A' = W' B^+, then B' = A'^+ W'; float64.
+    """Factors of another weight in the gauge of given factors: A' = W' B^+, then B' = A'^+ W'; float64.
 
-    A product A B is (A Q)(Q^-1 B) as well, for any invertible Q. Averages of factors mean something only where both
-    have the same Q: with A' near A and B' near B, the product of the averages is the average of the products but for
-    (A' - A)(B' - B), which is smaller by an order. Two SVDs of their own differ by the signs of columns, by the order
-    of near values, by any rotation within equal ones. A' is the best left factor for B, and B' the best right one for
-    A': one round of alternating least squares.
+    A product A B also equals (A Q)(Q^-1 B) for any invertible Q. Averages of factors make sense only if both have the
+    same Q: with A' near A and B' near B, the product of the averages is the average of the products except for (A' -
+    A)(B' - B), which is an order smaller. Two separate SVDs differ by signs of columns, the order of close values, and
+    rotations within equal ones. A' is the best left factor for B, and B' the best right factor for A': one round of
+    alternating least squares.
 
     Args:
         weight_RC: W', such as the average of W.
-        up: A (R, r), of which only the shape counts.
+        up: A (R, r); only its shape is used.
         down: B (P r, C).
 
     Returns:

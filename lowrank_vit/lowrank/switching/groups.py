@@ -1,8 +1,8 @@
-"""Parameter groups of an optimizer in which factors have learning rates and weight decay of their own.
+"""Parameter groups of an optimizer that give factors their own learning rates and weight decay.
 
-A factor goes where its weight was: its group is a copy of that one, which keeps its place and its other parameters.
-What is said of the factors stands in the group itself, under `KEY`, in plain values; so a checkpoint's optimizer tells
-how the groups were, and `regroup` makes them again.
+A factor's group is a copy of its weight's group, which keeps its position and its other parameters. The settings of the
+factors are stored in the group itself, under `KEY`, as plain values. A checkpoint's optimizer thus tells what the
+groups were, and `regroup` restores them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from lowrank_vit.model.low_rank import LowRankLinear, parts_of
 from lowrank_vit.model.optimizer import Constant
 
 KEY = "lowrank"
-"""What a group of factors has beside a group of others."""
+"""The extra key of a group of factors."""
 WARM_UPDATES = 20
-"""Updates in which the learning rate of factors that begin with no moments rises to its own. Adam's first average
-(beta 0.9) spans ten updates; before that its steps are two to four times as long as later."""
+"""Updates over which the learning rate of factors that start without moments rises to its full value. Adam's first
+average (beta 0.9) spans ten updates; before that, its steps are two to four times as long as later."""
 
 Decay = Literal["factors", "product"]
 Group = dict[str, Any]
@@ -35,25 +35,25 @@ Group = dict[str, Any]
 
 @dataclass(frozen=True)
 class Placed:
-    """Where factors of a layer belong, and how they are trained."""
+    """The group that a layer's factors come from, and how they are trained."""
 
     of: int
-    """Number of the group that the layer's weight was in."""
+    """Index of the group that the layer's weight was in."""
     scale: float = 1.0
     """Learning rate, as a multiple of that group's."""
     decay: Decay = "factors"
     warm_from: int = -1
-    """The update before which they began with no moments; -1: they did not."""
+    """The update before which the factors started without moments; -1: they did not."""
 
 
 def groups_of(optimizer: Optimizer) -> tuple[list[Group], list[Group]]:
-    """The groups as the optimizer was made with, and those of factors."""
+    """The optimizer's original groups, and the groups of factors."""
     of_factors = [group for group in optimizer.param_groups if KEY in group]
     return [group for group in optimizer.param_groups if KEY not in group], of_factors
 
 
 def placed_in(groups: Iterable[Any]) -> dict[str, Placed]:
-    """What groups, or a checkpoint's, say of the layers in factors, by name. Raises `UserError` for what is damaged."""
+    """Read the settings of factorised layers from groups, also a checkpoint's. Raises `UserError` for damaged ones."""
     found: dict[str, Placed] = {}
     for group in groups:
         if not isinstance(group, Mapping) or KEY not in group:
@@ -69,7 +69,7 @@ def placed_in(groups: Iterable[Any]) -> dict[str, Placed]:
                 raise ValueError
             found.update({str(name): placed for name in names})
         except (TypeError, ValueError, KeyError) as error:
-            raise UserError("its optimizer's groups of factors are damaged. Give another checkpoint.") from error
+            raise UserError("its optimizer's groups for factors are damaged. Give another checkpoint.") from error
     return found
 
 
@@ -79,17 +79,17 @@ def regrouped(
     factors: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
     gone: Collection[int] = (),
 ) -> list[Group]:
-    """The groups with these layers' factors in groups of their own; the optimizer stays as it is.
+    """Make groups with these layers' factors in groups of their own; the optimizer is unchanged.
 
-    First the groups that it was made with, without what goes to others. Then, for each way to be trained, a group of
-    the layers that have it, in the order of `factors`. A group that is there already keeps what the optimizer has
-    noted in it, such as LAMB's step.
+    First come the original groups, without the parameters that move. Then follows, for each way of training, a group of
+    the layers that share it, in the order of `factors`. An existing group keeps what the optimizer has noted in it,
+    such as LAMB's step.
 
     Args:
-        optimizer: whose groups hold the layers' weights, or their factors.
-        placed: by name of the layer, also those that have groups of their own already.
-        factors: up and down by name, in the model's order, of the same layers.
-        gone: ids of the parameters whose place they take.
+        optimizer: its groups hold the layers' weights, or their factors.
+        placed: by layer name, including layers that have their own groups already.
+        factors: up and down by layer name, in the model's order, of the same layers.
+        gone: ids of the parameters that the factors replace.
     """
     usual, of_factors = groups_of(optimizer)
     moved = {id(one) for pair in factors.values() for one in pair}.union(gone)
@@ -115,7 +115,7 @@ def _copy(group: Group) -> Group:
 
 
 def _derived(group: Group, placed: Placed) -> Group:
-    """A group for factors of weights that are in `group`.
+    """A group for the factors of weights that are in `group`.
 
     Decay that is no part of the gradient's average (AdamW's, Lion's), or scales with it (SGD's), stays as strong on
     each factor as it was on the weight, whatever the scale. One within a normalised gradient (Adam's, LAMB's) stays as
@@ -128,26 +128,26 @@ def _derived(group: Group, placed: Placed) -> Group:
     if placed.decay == "product":
         new["weight_decay"] = 0.0
         if "always_adapt" in new and group["weight_decay"]:
-            new["always_adapt"] = True  # as LAMB did for the weight, which had a decay
+            new["always_adapt"] = True  # as LAMB did for the weight, which had weight decay
     elif group.get("decoupled_weight_decay", group.get("decoupled_decay", True)):
         new["weight_decay"] = group["weight_decay"] / scale
     if "ns_steps" in group and not group.get("use_fallback"):
-        new["use_muon"] = True  # which Muon would else judge by the shape of each factor
+        new["use_muon"] = True  # otherwise Muon decides by the shape of each factor
     if placed.warm_from >= 0 and "step" in new:
-        del new["step"]  # LAMB counts by group
+        del new["step"]  # LAMB counts steps by group
     return new
 
 
 def put_groups(optimizer: Optimizer, scheduler: Scheduler | Constant, groups: Sequence[Group]) -> None:
-    """Give the optimizer these groups, and the scheduler, which keeps values of each group, those that go with them.
+    """Give the optimizer these groups, and the scheduler the matching values for each group.
 
-    A group of factors has the base values of the one that its weights were in: its own rate follows by `lr_scale`.
+    A group of factors has the base values of its weights' group; `lr_scale` gives its own rate.
     """
     usual, of_factors = groups_of(optimizer)
     before = {_placed(group): group for group in of_factors}
     kept = [*usual, *(before.get(_placed(group), group) for group in groups[len(usual) :])]
     for group, new in zip(kept, groups, strict=True):
-        group.update(new)  # the same mappings as before: others may hold them
+        group.update(new)  # updated in place: others may hold these dicts
     optimizer.param_groups[:] = kept
     of = [*range(len(usual)), *(group[KEY]["of"] for group in kept[len(usual) :])]
     for name in ("base_values", "warmup_steps"):
@@ -161,28 +161,28 @@ def regroup(
     model: nn.Module,
     saved: Iterable[Any],
 ) -> None:
-    """Have an optimizer and a scheduler made for a model in factors group these as a run did that has made them.
+    """Restore a run's groups of factors in a new optimizer and scheduler for a factorised model.
 
     Args:
-        optimizer: made anew for the model, as for one without factors.
-        scheduler: made anew for that optimizer.
-        model: with the layers in factors that the run had.
-        saved: the groups of the run's optimizer, out of its `state_dict()`.
+        optimizer: newly made for the model, without groups for factors.
+        scheduler: newly made for that optimizer.
+        model: with the run's factorised layers.
+        saved: the groups of the run's optimizer, from its `state_dict()`.
 
     Raises:
-        UserError: these groups are damaged, or of another model.
+        UserError: these groups are damaged, or belong to another model.
     """
     placed, usual = placed_in(saved), len(optimizer.param_groups)
     modules = {name: one for name, one in model.named_modules() if isinstance(one, LowRankLinear)}
     if strange := next((n for n, where in placed.items() if n not in modules or where.of >= usual), None):
-        raise UserError(f"its optimizer has a group for {strange}, which is in no factors here.")
+        raise UserError(f"its optimizer has a group for {strange}, which is not factorised here.")
     factors = {name: (one.up, one.down) for name, one in modules.items() if name in placed}
     if factors:
         put_groups(optimizer, scheduler, regrouped(optimizer, placed, factors))
 
 
 def decay_product(optimizer: Optimizer, scheduler: Scheduler | Constant, model: nn.Module) -> None:
-    """Have decay act on the products of factors that the optimizer was made with, in groups of their own."""
+    """Let weight decay act on the products of factors: move these from the original groups to groups of their own."""
     numbers = {id(one): n for n, group in enumerate(optimizer.param_groups) for one in group["params"]}
     modules = {n: one for n, one in model.named_modules() if isinstance(one, LowRankLinear) and id(one.up) in numbers}
     placed = {name: Placed(numbers[id(one.up)], decay="product") for name, one in modules.items()}
@@ -192,13 +192,13 @@ def decay_product(optimizer: Optimizer, scheduler: Scheduler | Constant, model: 
 
 @contextmanager
 def step_of_factors(optimizer: Optimizer, num_updates: int, is_skipped: Tensor | None = None) -> Generator[None]:
-    """Within it the optimizer makes the step after update `num_updates`, with the rates and the decay of factors.
+    """A context for the optimizer's step after update `num_updates`, with the rates and the decay of factors.
 
-    Rates of factors that have begun with no moments rise over their first `WARM_UPDATES` updates. Decay of the product
-    is the gradient of |A B|_F^2 / 2 apart from the loss (Khodak et al., "Initialization and regularization of
+    Rates of factors that started without moments rise over their first `WARM_UPDATES` updates. Decay of the product is
+    the gradient of |A B|_F^2 / 2, applied apart from the loss (Khodak et al., "Initialization and regularization of
     factorized neural layers", ICLR 2021): A -= lr wd A (B B^T) and B -= lr wd (A^T A) B, both from the values before,
-    with lr and wd as the weight had them. There is none where `is_skipped`, (), is above 0: a scaler skips this step.
-    Nothing waits for the device.
+    with the weight's lr and wd. It is skipped if `is_skipped`, (), is above 0, because a gradient scaler then skips the
+    step. Nothing waits for the device.
     """
     rates: list[tuple[Group, float]] = []
     for group in optimizer.param_groups:
@@ -220,7 +220,7 @@ def step_of_factors(optimizer: Optimizer, num_updates: int, is_skipped: Tensor |
 
 
 def _strength(group: Group, lr: float) -> float:
-    """How much of itself a weight of that group loses in a step, by timm's rules."""
+    """The share of itself that a weight of the group loses in a step, by timm's rules."""
     if group.get("corrected_weight_decay") and group.get("max_lr_snapshot"):
         lr = lr * lr / group["max_lr_snapshot"]
     return lr * group["weight_decay"]
@@ -228,7 +228,7 @@ def _strength(group: Group, lr: float) -> float:
 
 @torch.no_grad()
 def decay_products(factors: Sequence[Tensor], strength: float, is_skipped: Tensor | None = None) -> None:
-    """Shrink A and B, in turns in `factors`, by `strength` times the gradient of |A B|_F^2 / 2, in place."""
+    """Subtract `strength` times the gradient of |A B|_F^2 / 2 from A and B, in place; `factors` is A, B, A, B, ..."""
     if not strength:
         return
     shrunk: list[Tensor] = []

@@ -1,13 +1,13 @@
-"""What an optimizer keeps of a weight, carried over to the factors of it, and how far one step of it goes.
+"""Carrying an optimizer's state from a weight over to its factors, and the size of an optimizer step.
 
-Letters of shapes: weight W (R, C), up A (R, r) and down B (r, C), W ~ A B. Where the rows are in P parts (see
-`model.low_rank`), what is said holds for each part.
+Letters of shapes: weight W (R, C), up A (R, r) and down B (r, C), W ~ A B. If the rows are in P parts (see
+`model.low_rank`), all of this holds for each part.
 
 With G the gradient at W, the chain rule through W = A B gives A the gradient G B^T, and B the gradient A^T G. Both are
-linear in G, and so is every average of gradients: m_A = m_W B^T and m_B = A^T m_W exactly, as long as A and B stand
-still. An average of squares is not: (G B^T)^2 has products of different entries of G, which v_W knows nothing of. Taken
-for independent, with mean zero, they vanish in the mean, and v_A = v_W (B * B)^T, v_B = (A * A)^T v_W, where * is
-elementwise.
+linear in G, and so is every average of gradients: m_A = m_W B^T and m_B = A^T m_W exactly, as long as A and B do not
+change. An average of squares is not linear: (G B^T)^2 has products of different entries of G, which v_W does not
+contain. If these are taken as independent with mean zero, they vanish on average, and v_A = v_W (B * B)^T, v_B = (A *
+A)^T v_W, where * is elementwise.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 from lowrank_vit.common.errors import UserError
 
 SLOW = "lookahead_slow_buff"
-"""Weights that Lookahead keeps beside those that train, in the inner optimizer's state."""
+"""The key of Lookahead's slow weights in the inner optimizer's state."""
 _PROBED_LR = 1e-3
-"""Learning rate of the step that is tried; what it moved is divided by it."""
+"""Learning rate of the trial step; its result is divided by this."""
 _NEXT_TO_NONE = 1e-12
-"""Weight decay of that step where there is some: LAMB asks whether there is any."""
+"""Weight decay of the trial step if the group has any: LAMB checks whether it is zero."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What an optimizer keeps of each parameter, by the names in its state."""
+    """The names in an optimizer's state of a parameter, by kind."""
 
     first: frozenset[str] = frozenset()
     """Averages of gradients, of the parameter's shape."""
     second: frozenset[str] = frozenset()
     """Averages of squared gradients, of the parameter's shape."""
     begins: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Single numbers, with what they are before the first step."""
+    """Single numbers, with their values before the first step."""
     kept: frozenset[str] = frozenset()
-    """Single values that say how a parameter is treated."""
+    """Single values that tell how a parameter is treated."""
 
 
 _ADAM = Rule(frozenset({"exp_avg"}), frozenset({"exp_avg_sq", "max_exp_avg_sq"}), {"step": 0.0})
@@ -67,34 +67,34 @@ _RULES: dict[type[Optimizer], Rule] = {
     Lion: Rule(frozenset({"exp_avg"})),
     SGD: _MOMENTUM,
     SGDW: _MOMENTUM,
-    # Its momentum is an average of gradients; the step that it makes of that is no part of the state.
+    # Its momentum is an average of gradients; its orthogonalised step is not part of the state.
     Muon: Rule(_ADAM.first | _MOMENTUM.first, _ADAM.second, _ADAM.begins, frozenset({"use_muon"})),
 }
 
 
 def inner(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that keeps the state: that within Lookahead, else the one given."""
+    """The optimizer that holds the state: the one inside Lookahead, otherwise the given one."""
     return optimizer._base_optimizer if isinstance(optimizer, Lookahead) else optimizer  # pyright: ignore
 
 
 def rule_of(optimizer: Optimizer) -> Rule:
-    """The rule for an optimizer. Raises `UserError` for one without."""
+    """The rule for an optimizer. Raises `UserError` if it has none."""
     base = inner(optimizer)
     rule = _RULES.get(type(base))
-    averages_steps = any(group.get("algo") == "adamuon" for group in base.param_groups)  # of squared steps
+    averages_steps = any(group.get("algo") == "adamuon" for group in base.param_groups)  # it averages squared steps
     if rule is None or averages_steps:
         able = [str(n) for n in timm.optim.list_optimizers() if _can(str(n))]
         name = "AdaMuon" if averages_steps else type(base).__name__
         raise UserError(
-            f"{name} has no rule by which what it keeps of a weight becomes that of its factors, so layers cannot "
-            f"become factors while it trains. Train with another --opt: {', '.join(able)}; or leave out "
+            f"The state that {name} keeps of a weight cannot be carried over to factors, so layers cannot be "
+            f"factorised during training. Train with another --opt: {', '.join(able)}; or leave out "
             "--lowrank-train and --lowrank-schedule."
         )
     return rule
 
 
 def check_can_switch(optimizer: Optimizer) -> None:
-    """Raise `UserError`, which names those that can, for an optimizer whose state cannot be carried over."""
+    """Raise `UserError`, with the names of suitable optimizers, if an optimizer's state cannot be carried over."""
     rule_of(optimizer)
 
 
@@ -105,11 +105,11 @@ def _can(name: str) -> bool:
 
 
 class Projection(NamedTuple):
-    """How the gradients of what a layer was become those of its new factors: G_A = G_u R and G_B = L G_d.
+    """Maps gradients of a layer's old parameters to those of its new factors: G_A = G_u R and G_B = L G_d.
 
-    Of a weight, both G_u and G_d are its gradient G, R = B^T and L = A^T. Of factors A0, B0 that shrink, G_u is that of
-    A0 and G_d that of B0; as B = T B0 and A = A0 S, R = T^T and L = S^T, and averages of gradients carry over exactly
-    here, too.
+    For a weight, G_u and G_d are both its gradient G, R = B^T and L = A^T. For factors A0, B0 that shrink, G_u is the
+    gradient of A0 and G_d that of B0. As B = T B0 and A = A0 S, R = T^T and L = S^T, and averages of gradients carry
+    over exactly here, too.
     """
 
     up_from: nn.Parameter
@@ -120,12 +120,12 @@ class Projection(NamedTuple):
     """(P, r, R / P or r0), float64."""
 
     def up(self, values: Tensor, *, squares: bool = False) -> Tensor:
-        """What is kept of `up_from`, (R, C or r0), for A: (R, r) of the same type."""
+        """Map state of `up_from`, (R, C or r0), to A: (R, r) of the same dtype."""
         right, parts = self.right.square() if squares else self.right, len(self.right)
         return (values.double().unflatten(0, (parts, -1)) @ right).flatten(0, 1).to(values.dtype)
 
     def down(self, values: Tensor, *, squares: bool = False) -> Tensor:
-        """What is kept of `down_from`, (R or P r0, C), for B: (P r, C) of the same type."""
+        """Map state of `down_from`, (R or P r0, C), to B: (P r, C) of the same dtype."""
         left, parts = self.left.square() if squares else self.left, len(self.left)
         return (left @ values.double().unflatten(0, (parts, -1))).flatten(0, 1).to(values.dtype)
 
@@ -134,21 +134,21 @@ State = dict[str, Any]
 
 
 def has_squares(optimizer: Optimizer, parameter: Tensor) -> bool:
-    """Whether the optimizer keeps averages of squares of a parameter, and so has something to begin anew."""
+    """Whether the optimizer keeps averages of squares of a parameter, which a restart would reset."""
     return any(name in rule_of(optimizer).second for name in inner(optimizer).state.get(parameter, {}))
 
 
 def carried(optimizer: Optimizer, projection: Projection, *, restart: bool) -> tuple[State, State]:
-    """The state of A and that of B; both empty where nothing is kept yet.
+    """The state of A and the state of B; both are empty if there is no state yet.
 
     Args:
-        optimizer: with the state of the layer as it was.
+        optimizer: with the state of the old layer.
         projection: to the factors.
-        restart: have the optimizer begin with them as in its first update, where it keeps squares; without squares
-            averages carry over exactly, and nothing is to be begun again.
+        restart: reset the state as before the first update, if the optimizer keeps squares; without squares, averages
+            carry over exactly, so there is no need.
 
     Raises:
-        UserError: the state holds what the optimizer's rule does not name.
+        UserError: the state has an entry that the optimizer's rule does not name.
     """
     base, rule = inner(optimizer), rule_of(optimizer)
     made: list[State] = []
@@ -158,7 +158,7 @@ def carried(optimizer: Optimizer, projection: Projection, *, restart: bool) -> t
         begins_anew = restart and has_squares(optimizer, source)
         for name, value in before.items():
             if name == SLOW:
-                continue  # weights, see `factors.in_gauge`
+                continue  # these are weights, see `factors.in_gauge`
             if name in rule.first | rule.second:
                 if value is not None:
                     new = project(value, squares=name in rule.second)
@@ -169,8 +169,8 @@ def carried(optimizer: Optimizer, projection: Projection, *, restart: bool) -> t
                     value = value.fill_(rule.begins[name]) if isinstance(value, Tensor) else rule.begins[name]
             elif name not in rule.kept or (isinstance(value, Tensor) and value.numel() > 1):
                 raise UserError(
-                    f"{type(base).__name__} keeps `{name}` of a weight, and no rule says what becomes of it in "
-                    "factors. Train with another --opt, such as adamw."
+                    f"{type(base).__name__} keeps `{name}` of a weight, which cannot be carried over to factors. "
+                    "Train with another --opt, such as adamw."
                 )
             state[name] = value
         made.append(state)
@@ -178,18 +178,18 @@ def carried(optimizer: Optimizer, projection: Projection, *, restart: bool) -> t
 
 
 def steps(optimizer: Optimizer, tried: Sequence[tuple[Tensor, State, Mapping[str, Any]]]) -> list[Tensor | None]:
-    """How far the optimizer would move each parameter in a step, for each unit of learning rate, without weight decay.
+    """How far the optimizer would move each parameter in a step, per unit of learning rate and without weight decay.
 
-    The optimizer's own arithmetic says so: another of its class makes a step in float64 with copies. The gradient is
-    the one that leaves the average of gradients as it is. Optimizers that look ahead (NAdam, Nesterov's momentum, Lion)
-    add some of the last gradient itself, which is longer than the average; it is not known any more.
+    Another optimizer of the same class makes a step in float64 with copies, so its own arithmetic is used. The gradient
+    is the one that leaves the average of gradients unchanged. Optimizers that look ahead (NAdam, Nesterov's momentum,
+    Lion) add part of the last gradient itself, which is longer than the average; that gradient is not known any more.
 
     Args:
-        optimizer: left as it is.
-        tried: parameters, what is kept of each, and the group that each is in.
+        optimizer: left unchanged.
+        tried: for each parameter: itself, its state and its group.
 
     Returns:
-        Float64, of the parameters' shapes; None where there is no average of gradients yet.
+        Float64 tensors with the parameters' shapes; None if there is no average of gradients yet.
     """
     base, rule = inner(optimizer), rule_of(optimizer)
     state: defaultdict[Tensor, Any] = defaultdict(dict)
@@ -220,7 +220,7 @@ def steps(optimizer: Optimizer, tried: Sequence[tuple[Tensor, State, Mapping[str
 
 
 def _steady(group: Mapping[str, Any]) -> float:
-    """By what to multiply an average of gradients for the gradient that leaves it as it is; SGD's is a sum of them."""
+    """The factor from an average of gradients to the gradient that leaves it unchanged; SGD's average is a sum."""
     if "dampening" not in group or group["dampening"] >= 1:
         return 1.0
     return (1 - group["momentum"]) / (1 - group["dampening"])

@@ -1,7 +1,7 @@
-"""What the layers of a training model would keep: ranks under a budget, and factors, by images that are left alone.
+"""Ranks under a budget, and factors, for the layers of a model in training, by unaugmented calibration images.
 
-All is computed on a copy of the model, in which layers in factors are the Linear that they stand for. So neither the
-modes, hooks and gradients of the model that trains are touched, nor what was compiled of it.
+Everything is computed on a copy of the model with merged layers. The modes, hooks and gradients of the model in
+training, and its compiled form, are not touched.
 """
 
 from __future__ import annotations
@@ -30,45 +30,45 @@ from lowrank_vit.spectral.measures.noise import marchenko_pastur
 
 TARGETS_FLAG = "--lowrank-targets"
 Images = Callable[[], Sequence[tuple[Tensor, Tensor]]]
-"""The calibration images, normalised, and their labels: (N, 3, height, width) and (N,) of each batch."""
+"""Returns batches of normalised calibration images (N, 3, height, width) and their labels (N,)."""
 
 Calibration = Mapping[str, Moments] | None
-"""Moments by layer; None: the rule needs none."""
+"""Moments by layer name; None: the rule needs none."""
 
 
 class Measured(NamedTuple):
-    """What a switch is judged by."""
+    """Measurements before and after a switch."""
 
     parameters: int
     flops: float | None
-    """Of training on one image; None where they cannot be counted."""
+    """FLOPs of training on one image; None if they cannot be counted."""
     loss: float
     """Mean cross-entropy of the first batch of calibration images in evaluation mode, nats."""
 
 
 @dataclass
 class Planner:
-    """Ranks and factors by the rule of --lowrank-train; the same model and images give the same bits."""
+    """Ranks and factors by the rule of --lowrank-train; deterministic for the same model and images."""
 
     options: LowRank
     images: Images = field(repr=False)
     img_size: int
     """Side of an image, pixels."""
     seed: int
-    """Of the labels that are drawn from the model."""
+    """Seed of the labels that are drawn from the model."""
 
     @property
     def method(self) -> str:
-        """How weights are truncated."""
+        """The method of truncation."""
         return "kfac" if self.options.lowrank_train == "kfac" else "svd"
 
     def ranks(
         self, model: nn.Module, costs: Costs, budget: float, tell: Callable[[str], object] = lambda line: None
     ) -> tuple[Ranks, Calibration]:
-        """The rank of each layer of `costs` under a share of the parameters of them all, and what they rest on.
+        """Ranks for the layers of `costs` under a share of all their parameters, and the moments behind them.
 
-        Layers that stay as they are are left out. `tell` hears of layers that the rule says nothing about. Raises
-        `UserError` for weights or logits that are not finite.
+        Layers that stay as they are are left out. `tell` gets a line about layers for which the rule gives no rank.
+        Raises `UserError` for weights or logits that are not finite.
         """
         twin, now = merged_copy(model), ranks_of(model)
         layers = _linears(twin, costs.layers)
@@ -77,25 +77,25 @@ class Planner:
         ranks = ranks_under(self.options.lowrank_train, found, budget, costs)
         unknown = [name for name, one in found.items() if not _outliers(one)]
         if self.options.lowrank_train == "mp" and unknown:
-            tell(f"no value above the Marchenko-Pastur edge, so the budget alone says the rank: {', '.join(unknown)}")
+            tell(f"no value above the Marchenko-Pastur edge, so the budget alone sets the rank: {', '.join(unknown)}")
         return {name: rank for name, rank in ranks.items() if rank < now.get(name, rank + 1)}, moments
 
     def ranks_beside(self, model: nn.Module, costs: Costs, budget: float, now: Ranks) -> tuple[Ranks, Calibration]:
-        """As `ranks`, of layers that go in factors beside others, `now`, which are, or in a dry run would be."""
+        """As `ranks`, beside the layers `now` that are factorised already, or in a dry run would be."""
         twin = merged_copy(model)
         layers = _linears(twin, costs.layers)
         moments = self._calibrated(twin, layers)
         return ranks_left(decompose_layers(layers, METHODS[self.method], moments), budget, costs, now), moments
 
     def factors(self, model: nn.Module, ranks: Ranks, moments: Calibration = None) -> dict[str, NewFactors]:
-        """Factors of these layers as they are now, by `moments` of now. Raises `UserError`, see `make_factors`."""
+        """Factors of these layers as they are now, by current moments. Raises `UserError`, see `make_factors`."""
         if moments is None:
             twin = merged_copy(model)
             moments = self._calibrated(twin, _linears(twin, ranks))
         return make_factors(model, ranks, self.method, moments, progress=lambda done: beat())
 
     def measure(self, model: nn.Module, factors: Mapping[str, NewFactors] | None = None) -> Measured:
-        """What a model is like, or would be with these factors."""
+        """Measure a model as it is, or with these factors."""
         twin = merged_copy(model, set(factors or ()))
         if factors:
             factorise(twin, {name: (one.up, one.down, one.bias) for name, one in factors.items()})
@@ -112,15 +112,15 @@ class Planner:
 
 
 def ranks_under(rule: RankRule, found: Mapping[str, Decomposition], budget: float, costs: Costs) -> Ranks:
-    """How a rule shares a budget out: kfac greedily by its losses, energy by the same share of every layer's energy.
+    """Allocate a budget by a rule: kfac greedily by its losses, energy with the same energy share for every layer.
 
-    mp: greedily by singular values, and none at or below the Marchenko-Pastur edge of its layer. Of a layer without a
-    value above it nothing is known, and the budget alone decides.
+    mp: greedily by singular values, but only those above the layer's Marchenko-Pastur edge. If a layer has no value
+    above it, the budget alone decides.
 
     Args:
         rule: of --lowrank-train.
-        found: the layers' decompositions, by kfac's weighting or as they are.
-        budget: what factors may have of the layers' parameters, 0-1.
+        found: the layers' decompositions, weighted by kfac or unweighted.
+        budget: share of the layers' parameters that the factors may have, 0-1.
         costs: of these layers alone.
     """
     if rule == "energy":
@@ -132,13 +132,13 @@ def ranks_under(rule: RankRule, found: Mapping[str, Decomposition], budget: floa
 
 
 def ranks_left(found: Mapping[str, Decomposition], budget: float, costs: Costs, now: Ranks) -> Ranks:
-    """Ranks of rule kfac beside layers in factors: these only shrink, and the others share out what they leave.
+    """Ranks of rule kfac beside factorised layers: these only shrink, and the others share the rest of the budget.
 
     Args:
         found: the decompositions of all layers of `costs`.
         budget: see `ranks_under`.
-        costs: likewise.
-        now: the ranks of the layers that are in factors.
+        costs: see `ranks_under`.
+        now: the ranks of the factorised layers.
     """
     fewer = {name: rank for name, rank in greedy(found, budget, costs).items() if rank < now.get(name, 0)}
     whole = Costs({name: layer for name, layer in costs.layers.items() if name not in now}, costs_alone({}).rest)
@@ -149,13 +149,13 @@ def ranks_left(found: Mapping[str, Decomposition], budget: float, costs: Costs, 
 
 
 def _outliers(found: Decomposition) -> int:
-    """How many values lie above the edge; 0 also where there is none, as of a matrix of low rank."""
+    """How many values lie above the edge; 0 also if there is no edge, as for a matrix of low rank."""
     count = marchenko_pastur(found.values_PK[0], found.shape).outliers
     return int(count) if np.isfinite(count) else 0
 
 
 def merged_copy(model: nn.Module, names: set[str] | None = None) -> nn.Module:
-    """A copy in evaluation mode, on the same device, with layers in factors as one Linear each; of `names` if given."""
+    """A copy in evaluation mode, on the same device, with factorised layers merged to Linear; only `names` if given."""
     twin = copy.deepcopy(model).eval()
     for name, layer in low_rank_layers(twin).items():
         if names is None or name in names:

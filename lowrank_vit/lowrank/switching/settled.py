@@ -1,12 +1,12 @@
-"""What one matrix tells at one moment: how many directions it needs, which they are, and how far they are from noise.
+"""One look at one matrix: how many directions it needs, which they are, and how far they are from noise.
 
 Pure functions, numpy in float64. W of R rows and C columns has K = min(R, C) singular values s, descending; r is the
-number of directions, q the rank of a layer that is in factors already.
+number of directions, q the rank of a layer that is factorised already.
 
-*Noise* is W with the sign of every entry drawn anew ("random signflips": Hong, Sheng & Dobriban, "Selecting the number
-of components in PCA via random signflips", arXiv 2012.02985). That leaves the size of each entry, so rows, columns and
-thirds of different scale stay so, and breaks whatever directions there are. What its first r values hold of the energy,
-chance would hold of W; for equal entries that is the Marchenko-Pastur law's.
+*Noise* is W with a random sign for every entry ("random signflips": Hong, Sheng & Dobriban, "Selecting the number of
+components in PCA via random signflips", arXiv 2012.02985). This keeps the size of each entry, and thus the scales of
+rows, columns and thirds, and destroys all directions. The energy share of its first r values is what chance would give
+for W; for entries of equal size it is that of the Marchenko-Pastur law.
 """
 
 from __future__ import annotations
@@ -29,79 +29,81 @@ from lowrank_vit.spectral.solving.solve import MatrixStack, all_values, as_numpy
 Rule = Literal["energy", "mp", "kfac"]
 
 FEWEST_VALUES = 256
-"""Noise is drawn so often that it has so many values in all."""
+"""Noise is drawn as often as needed for this many singular values in total."""
 TURN = 0.1
-"""Where rounding alone may turn the first r directions by more than this sine, there is no gap at r to speak of."""
+"""If rounding alone may turn the first r directions by more than this sine, the gap at r is too small to count."""
 
 
 @dataclass(frozen=True)
 class Basis:
-    """The first directions of a matrix, for later: orthonormal columns of U (R, n) and V (C, n), float32 on the CPU."""
+    """The first directions of a matrix: orthonormal columns of U (R, n) and V (C, n), float32 on the CPU."""
 
     left: Tensor
     right: Tensor
 
     @property
     def count(self) -> int:
-        """How many."""
+        """The number of directions."""
         return self.left.shape[1]
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """How far the first r directions of a matrix are those of another; shares of the way from chance, 0, to 1."""
+    """How similar the first r directions of two matrices are; shares run from chance (0) to equal (1)."""
 
     energy: float
-    """What the earlier directions hold of the energy of W now: |U'^T W V'|_F^2 over the best, sum_{j<=r} s_j^2."""
+    """Energy of the current W in the earlier directions, |U'^T W V'|_F^2, over the best possible, sum_{j<=r} s_j^2;
+    0-1."""
     energy_of_chance: float
-    """What random ones would hold in the mean."""
+    """The mean of this for random directions."""
     cosine: float
-    """The root of the mean squared principal cosine, of the side where it is less above chance."""
+    """The root mean squared principal cosine, on the side where it is less above chance."""
     chance: float
-    """The same of random directions."""
+    """The same for random directions."""
     energy_share: float
     cosine_share: float
-    """Of the square. 1 where there is no gap at r: there the first r are not defined, and energy alone decides."""
+    """The share of the squared cosine. 1 without a gap at r: the first r are undefined then, and energy alone
+    decides."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """One matrix at one moment."""
+    """The result of looking at one matrix at one update."""
 
     solved: Solved
-    """All values, and the first triplets: `known` of them."""
+    """All values, and the first triplets."""
     rank: int
-    """r, of the rule; 0 where it has none that pays."""
+    """r by the rule; 0 if no rank pays."""
     share: float
-    """What the first r values hold of the energy, 0-1; of a layer in factors always of q values."""
+    """Energy share of the first r values, 0-1; for a factorised layer, of its q values."""
     share_of_noise: float
     certificate: float
-    """The greatest of the r triplets' certificates over sigma_1."""
+    """The largest certificate of the r triplets, divided by sigma_1."""
     turn: float
-    """What the sine of the greatest angle to the true r directions cannot exceed, nor that by which rounding of the
-    weights turns those: certificates and a last digit of sigma_1, over the gap. Infinite without a gap."""
+    """Upper bound of the sine of the largest angle to the true r directions, including their turn by rounding of the
+    weights: certificates plus a last digit of sigma_1, divided by the gap. Infinite without a gap."""
 
     @property
     def above_noise(self) -> float:
-        """(f - f0) / (f (1 - f0)), f and f0 the shares of W and of noise: of noise 0, of a matrix of rank r 1.
+        """(f - f0) / (f (1 - f0)), with f and f0 the shares of W and of noise: 0 for noise, 1 for a matrix of rank r.
 
-        Without the divisor 1 - f0 it is the part of the energy held that noise would not hold.
+        Without the divisor 1 - f0 it would be the part of the energy share that noise does not explain.
         """
         f, f0 = self.share, self.share_of_noise
         return (f - f0) / (f * (1 - f0)) if f > 0 and f0 < 1 else 0.0
 
     @property
     def is_certain(self) -> bool:
-        """Whether these are proven to be the first r triplets."""
+        """Whether these triplets are proven to be the first ones."""
         return self.solved.index
 
     def basis(self) -> Basis:
-        """All directions that are known."""
+        """All known directions."""
         left, right = (torch.from_numpy(side.astype(np.float32)) for side in (self.solved.top.u, self.solved.top.v))
         return Basis(left, right)
 
     def likeness(self, before: Basis, matrix_RC: Tensor) -> Likeness:
-        """Compare the first r directions with the first r of another time; both know as many.
+        """Compare the first r directions with the first r of an earlier time; both must know at least r.
 
         Rounding of float32 in `before` moves the shares by less than 1e-6.
         """
@@ -132,15 +134,15 @@ def look_at(
     margin: Callable[[int], int],
     in_factors: int = 0,
 ) -> Look | None:
-    """Solve a matrix for as many directions as it needs, and `margin` more; None where it is not finite, or zero.
+    """Solve a matrix for as many directions as it needs, plus `margin`; None if it is zero or not finite.
 
     Args:
         name: for the log.
         matrix_RC: any float dtype and device.
-        rank_of: the rule's rank of all K values; below 1 is none.
-        most: the greatest rank that pays.
-        margin: of a rank.
-        in_factors: q, the layer's rank as it is; 0 of a whole one.
+        rank_of: the rule's rank for all K values; below 1: none.
+        most: the largest rank that pays.
+        margin: extra directions for a rank.
+        in_factors: q, the layer's current rank; 0 for a whole layer.
     """
     chosen = [0]
 
@@ -158,7 +160,7 @@ def look_at(
     following = float(s[r]) if r < s.size else 0.0
     certificates = solved.top.certificate[:r]
     gap = float(s[r - 1] - following) - 2 * float(certificates.max())
-    # Wedin's theorem, of residuals of |r|_F <= sqrt(2) |certificates| on each side.
+    # Wedin's theorem, with residuals |r|_F <= sqrt(2) |certificates| on each side.
     rounding = (2 * float(np.sum(certificates**2))) ** 0.5 + torch.finfo(matrix_RC.dtype).eps * float(s[0])
     turn = rounding / gap if gap > 0 else float("inf")
     f, f0 = _held(s, r, in_factors), noise_share(matrix_RC, r, in_factors)
@@ -166,12 +168,12 @@ def look_at(
 
 
 def rank_by_energy(s_K: np.ndarray, share: float) -> int:
-    """The least number of values that hold this share, 0-1, of the sum of squares; 0 of zeros."""
+    """The smallest number of values with this share, 0-1, of the sum of squares; 0 if all values are zero."""
     return int(energy_rank(s_K, 100 * share)) if s_K[0] > 0 else 0
 
 
 def rank_by_noise(name: str, matrix_RC: Tensor, s_K: np.ndarray, is_fused: bool) -> int:
-    """How many values lie above the Marchenko-Pastur edge; of a fused qkv with its thirds brought to one scale."""
+    """How many values lie above the Marchenko-Pastur edge; the thirds of a fused qkv are first scaled alike."""
     shape = (matrix_RC.shape[0], matrix_RC.shape[1])
     eps = torch.finfo(matrix_RC.dtype).eps
     if is_fused and is_of_full_rank(s_K, shape, eps):
@@ -183,10 +185,10 @@ def rank_by_noise(name: str, matrix_RC: Tensor, s_K: np.ndarray, is_fused: bool)
 
 
 def noise_share(matrix_RC: Tensor, r: int, in_factors: int = 0) -> float:
-    """What the first r values of noise hold of its energy: of noise truncated to rank q where W is of that rank.
+    """Energy share of the first r values of noise; if W has rank q, of noise truncated to rank q.
 
-    For such a layer noise may also be a product of two factors of noise, which holds more in its first values; the
-    greater one counts.
+    For such a layer noise may also be a product of two noise factors, which has more energy in its first values; the
+    larger share is returned.
     """
     rows, columns = matrix_RC.shape
     draws = -(-FEWEST_VALUES // min(rows, columns))
@@ -199,7 +201,7 @@ def noise_share(matrix_RC: Tensor, r: int, in_factors: int = 0) -> float:
 
 @lru_cache(maxsize=1024)
 def _product_share(rows: int, columns: int, q: int, r: int) -> float:
-    """What the first r values of a product of normal factors (R, q) and (q, C) hold of its energy, in the mean."""
+    """Mean energy share of the first r values of a product of normal factors (R, q) and (q, C)."""
     s_Dq = _product_values(rows, columns, q)
     return float(np.mean(np.sum(s_Dq[:, :r] ** 2, axis=1) / np.sum(s_Dq**2, axis=1)))
 

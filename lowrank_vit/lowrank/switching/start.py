@@ -1,4 +1,4 @@
-"""What a run has in the place of whole layers from its first update: factors of them, or adapters beside them."""
+"""Layers that are factorised, or have adapters beside them, from a run's first update."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ def start_in_factors(
     from_first: Callable[[dict[str, Factors] | None], dict[str, Factors]] | None = None,
     say: Say = terminal.say,
 ) -> str:
-    """Put the layers that the patterns name in factors that have this share of their parameters, in place.
+    """Factorise the layers that the patterns name to this share of their parameters, in place.
 
     Spectral initialisation (Khodak et al., "Initialization and Regularization of Factorized Neural Layers", ICLR 2021):
-    the truncated SVD of each weight as it is, its values shared out evenly. All layers keep the same share, as far as
-    whole ranks go. Nothing is drawn, so a run of the same seed without factors begins with the very matrices that
-    these are the best approximations of.
+    the truncated SVD of each initial weight, with the singular values split evenly between the factors. All layers keep
+    the same share, up to whole ranks. No random numbers are drawn, so the factors are the best approximations of the
+    very matrices with which a run of the same seed starts without factors.
 
     Args:
-        model: as it begins, on its device.
-        share: of the layers' weights that their factors may have together, above 0 and below 1.
+        model: with its initial weights, on its device.
+        share: of the layers' weights that all factors together may have, above 0 and below 1.
         patterns: see `find_targets`.
-        img_size: likewise.
-        is_first: whether this rank makes the factors, whose last bits depend on the machine.
-        from_first: gives every rank those of the first, on the CPU; None: there is one rank.
-        say: is told of layers that are left as they are.
+        img_size: see `find_targets`.
+        is_first: whether this rank makes the factors; their last bits depend on the machine.
+        from_first: sends the first rank's factors to every rank, on the CPU; None: there is one rank.
+        say: prints a line about layers that stay whole.
 
     Returns:
-        Ranks and parameters, in a line for the log.
+        A line for the log with ranks and parameters.
 
     Raises:
-        UserError: as `find_targets`; the share has no room for rank 1 of every layer.
+        UserError: as for `find_targets`; or the share is too small for rank 1 of every layer.
     """
     targets = find_targets(model, patterns, img_size=img_size, flag=_TARGETS, say=say)
     costs = costs_alone({name: layer.weight for name, layer in targets.items()})
@@ -62,20 +62,20 @@ def start_in_factors(
 
         def progress(done: int) -> None:
             beat()
-            shown.tell(done, "first weights put in factors: layer", every_s=_LINE_EVERY_S)
+            shown.tell(done, "initial weights factorised: layer", every_s=_LINE_EVERY_S)
 
         made = {name: _on_host(one) for name, one in make_factors(model, ranks, progress=progress).items()}
     if from_first:
         made = from_first(made)
-    assert made is not None, "the first rank makes them"
+    assert made is not None, "the first rank makes the factors"
     factorise(model, made)
     return f"--lowrank-init {share:g}: {_in_words(costs, ranks)}"
 
 
 def check_share(model: nn.Module, share: float, patterns: str) -> None:
-    """Raise `UserError` where the patterns match nothing that may be put in factors, or there is no room for rank 1.
+    """Raise `UserError` if no layer can be factorised, or the share is too small for rank 1 of every layer.
 
-    For a model as it is built: what else `start_in_factors` refuses, its weights must tell.
+    The model needs no weights yet; `start_in_factors` makes the checks that need them.
     """
     _ranks(costs_alone(possible_weights(model, patterns, _TARGETS, "factors")), share)
 
@@ -90,19 +90,19 @@ def start_with_adapters(
     img_size: int | None = None,
     say: Say = terminal.say,
 ) -> None:
-    """Give the layers that the patterns name LoRA's adapters, in place, and freeze all but these and the classifier.
+    """Add LoRA adapters to the layers that the patterns name, in place; freeze everything else but the classifier.
 
     Args:
-        model: with the weights that are to be tuned, on its device.
+        model: with the weights to fine-tune, on its device.
         rank: of the adapters.
         alpha: see `model.lora`; None: the rank.
         dropout: see `add_adapters`.
         patterns: see `find_targets`.
-        img_size: likewise.
-        say: is told of layers that are left without.
+        img_size: see `find_targets`.
+        say: prints a line about layers that get no adapter.
 
     Raises:
-        UserError: as `find_targets` and `check_adapters`.
+        UserError: as for `find_targets` and `check_adapters`.
     """
     layers = find_targets(model, patterns, img_size=img_size, flag=_TARGETS, purpose="adapters", say=say)
     _check_rank(model, {name: layer.weight for name, layer in layers.items()}, rank)
@@ -110,16 +110,17 @@ def start_with_adapters(
 
 
 def check_adapters(model: nn.Module, rank: int, patterns: str) -> None:
-    """Raise `UserError` where the patterns match no Linear, the rank is above a matrix, or PEFT is missing.
+    """Raise `UserError` if the patterns match no Linear, or name the classifier, or the rank is too large, or PEFT is
+    missing.
 
-    So for the classifier, which is trained whole. For a model as it is built.
+    The model needs no weights yet.
     """
     require_peft()
     _check_rank(model, possible_weights(model, patterns, _TARGETS, "adapters"), rank)
 
 
 def adapters_in_words(model: nn.Module) -> list[str]:
-    """What is trained of a model with adapters, in a line for the log; none without adapters."""
+    """A line for the log about what is trained in a model with adapters; no line without adapters."""
     lora = lora_of(model)
     if lora is None:
         return []
@@ -127,8 +128,8 @@ def adapters_in_words(model: nn.Module) -> list[str]:
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     frozen = sum(one.numel() for one in model.parameters()) - trained
     return [
-        f"--lora {lora.rank}: adapters beside {len(lora.layers)} layers, times {lora.scale:g}: {of_adapters:,} "
-        f"parameters of theirs and {trained - of_adapters:,} of the head are trained, {frozen:,} stay as they are"
+        f"--lora {lora.rank}: adapters beside {len(lora.layers)} layers, scaled by {lora.scale:g}: {of_adapters:,} "
+        f"parameters of the adapters and {trained - of_adapters:,} of the head are trained, {frozen:,} are frozen"
     ]
 
 
@@ -140,8 +141,8 @@ def _check_rank(model: nn.Module, weights: Mapping[str, Tensor], rank: int) -> N
         if weight.ndim == 2 and rank > min(weight.shape):
             rows, columns = weight.shape
             raise UserError(
-                f"--lora {rank} is above the rank of {name}, {rows} x {columns}: {min(weight.shape)} at most. Give a "
-                f"smaller rank, or other {_TARGETS}."
+                f"--lora {rank} is too large for {name}, {rows} x {columns}: its rank is {min(weight.shape)} at most. "
+                f"Give a smaller rank, or other {_TARGETS}."
             )
 
 
@@ -159,6 +160,6 @@ def _in_words(costs: Costs, ranks: Ranks) -> str:
     low, high = min(ranks.values()), max(ranks.values())
     left = len(costs.layers) - len(ranks)
     return (
-        f"{len(ranks)} layers in factors of rank {low if low == high else f'{low} to {high}'}"
+        f"{len(ranks)} layers factorised at rank {low if low == high else f'{low} to {high}'}"
         f"{f', {left} whole' if left else ''}: {now:,} of their {whole:,} parameters ({now / whole:.1%})"
     )

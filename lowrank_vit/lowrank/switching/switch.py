@@ -1,4 +1,4 @@
-"""The switch: layers of a model that trains become factors, with the optimizer's state, the EMA and the schedule.
+"""The switch: factorise layers of a model in training, together with the optimizer's state, the EMA and the schedule.
 
 Letters of shapes: weight W (R, C), up A (R, r), down B (P r, C), P parts of the rows (see `model.low_rank`).
 """
@@ -28,17 +28,17 @@ from lowrank_vit.model.optimizer import Constant
 
 @dataclass(frozen=True)
 class Switched:
-    """What a switch has done."""
+    """The result of a switch."""
 
     layers: dict[str, Change]
 
     @property
     def scales(self) -> dict[str, float]:
-        """By name of the layer, see `Change.scale`."""
+        """By layer name, see `Change.scale`."""
         return {name: one.scale for name, one in self.layers.items()}
 
     def numbers(self) -> dict[str, float]:
-        """Scalars for a log, by "LAYER/NAME"; NaN is left out."""
+        """Scalars for the log, named "LAYER/NAME"; NaN is left out."""
         found = {
             f"{layer}/{key}": float(value) for layer, one in self.layers.items() for key, value in vars(one).items()
         }
@@ -53,20 +53,20 @@ def work_out(
     *,
     moments: KeptMoments = "carry",
 ) -> dict[str, Made]:
-    """All numbers of a switch by name of the layer, on the CPU; nothing is changed.
+    """Compute a switch by layer name, on the CPU; nothing is changed.
 
-    A bias stays the parameter that it was, with its state: the gradient at b is that at the layer's output, in factors
-    or not. Where a method has the bias make up for what is cut off of the mean input, the EMA's does so for its own.
+    A bias remains the same parameter, with its state: the gradient at b is that at the layer's output, factorised or
+    not. If a method corrects the bias for the mean input, the EMA's bias is corrected for its own weight.
 
     Args:
-        model: not compiled and not wrapped; layers are Linear, or in factors of a greater rank and then shrink.
-        ema: its average of the same structure, without timm's wrapper.
+        model: neither compiled nor wrapped; layers are Linear, or factorised at a larger rank, which then shrinks.
+        ema: its EMA of the same structure, without timm's wrapper.
         optimizer: of the model.
-        factors: by name of the layer, see `factors.make_factors`.
-        moments: carry the optimizer's squares over, or begin anew where it has any, with a short warm-up.
+        factors: by layer name, see `factors.make_factors`.
+        moments: carry the optimizer's state over, or restart it with a short warm-up if it keeps squares.
 
     Raises:
-        UserError: the optimizer has no rule, a layer cannot be put in these factors, or numbers are not finite.
+        UserError: the optimizer has no rule, a layer cannot get these factors, or values are not finite.
     """
     check_can_switch(optimizer)
     modules = dict(model.named_modules())
@@ -84,22 +84,22 @@ def work_out(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A switch of which all is made and nothing is in use."""
+    """A switch with everything made and nothing in use yet."""
 
     made: Mapping[str, Made]
     sources: Sequence[nn.Parameter]
-    """The parameters that go."""
+    """The parameters that are removed."""
     groups: list[Group]
-    """All of the optimizer's."""
+    """All groups of the optimizer after the switch."""
     kept: Sequence[dict[nn.Parameter, State]]
-    """What the optimizer keeps of the factors."""
+    """The optimizer's new state, by parameter."""
     replaced: Sequence[tuple[nn.Module, Mapping[str, LowRankLinear], Mapping[str, Tensor | None]]]
-    """Of the model and of its average: layers and the values of their biases, by name."""
+    """For the model and for its EMA: the new layers and the values of their biases, by name."""
     optimizer: Optimizer
     scheduler: Scheduler | Constant
 
     def put(self) -> Switched:
-        """Switch; there is nothing left in it that could fail. Afterwards `TrainStep.rebuild` is due."""
+        """Switch; nothing in here can fail. `TrainStep.rebuild` must be called afterwards."""
         for module, layers, biases in self.replaced:
             _replace(module, layers, biases)
         put_groups(self.optimizer, self.scheduler, self.groups)
@@ -123,14 +123,14 @@ def prepare(
     decay: Decay = "factors",
     num_updates: int = 0,
 ) -> Prepared:
-    """Make everything that a switch puts in place, on the model's device; nothing is changed before `Prepared.put`.
+    """Make everything that a switch needs, on the model's device; nothing is changed before `Prepared.put`.
 
     Args:
         model, ema, optimizer, moments: as for `work_out`.
         scheduler: of the optimizer.
-        made: what `work_out` returned, in this process or on another rank.
+        made: the result of `work_out`, in this process or on another rank.
         decay: whether weight decay acts on both factors, or on their product.
-        num_updates: made so far.
+        num_updates: updates made so far.
     """
     modules, placed = dict(model.named_modules()), placed_in(groups_of(optimizer)[1])
     layers = {name: _in_factors(modules[name], *one.factors[:2]) for name, one in made.items()}
@@ -158,7 +158,7 @@ def prepare(
 
 
 def _places(optimizer: Optimizer, modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, Placed]:
-    """Where the layers of these names that train have their parameters now."""
+    """The current places of those of these layers that are trained."""
     usual, of_factors = groups_of(optimizer)
     placed = placed_in(of_factors)
     number_of = {id(one): number for number, group in enumerate(usual) for one in group["params"]}
@@ -176,36 +176,36 @@ def _check(
     factors: Mapping[str, NewFactors],
     groups: Mapping[int, Mapping[str, Any]],
 ) -> None:
-    """Raise `UserError` for a layer that cannot be put in its factors."""
+    """Raise `UserError` for a layer that cannot be replaced by its factors."""
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     for name, new in factors.items():
         layer = modules.get(name)
         if not isinstance(layer, nn.Linear | LowRankLinear):
             what = f"of class {type(layer).__name__}" if layer is not None else "not there"
-            raise UserError(f"{name} is {what}, and only a Linear becomes factors. Leave it out of --lowrank-targets.")
+            raise UserError(f"{name} is {what}; only a Linear can be factorised. Leave it out of --lowrank-targets.")
         rows, columns, rank = layer.out_features, layer.in_features, new.up.shape[1]
         parts = parts_of(new.up.shape, new.down.shape)
         if not parts or (len(new.up), new.down.shape[1]) != (rows, columns):
             raise UserError(
                 f"{name} is {rows} x {columns}; factors of {tuple(new.up.shape)} and "
-                f"{tuple(new.down.shape)} do not make that."
+                f"{tuple(new.down.shape)} do not match."
             )
         if isinstance(layer, LowRankLinear) and (parts != layer.parts or rank >= layer.rank):
-            raise UserError(f"{name} is in factors of rank {layer.rank} already; it can only shrink, not go to {rank}.")
+            raise UserError(f"{name} has rank {layer.rank} already; it can only shrink, not go to {rank}.")
         if rank > pays(rows, columns, parts):
             raise UserError(
-                f"{name}: factors of rank {rank} have no fewer weights than its {rows * columns:,}; "
-                f"{pays(rows, columns, parts)} is the greatest rank that saves any. Leave it whole."
+                f"{name}: factors of rank {rank} have at least as many weights as the layer ({rows * columns:,}). The "
+                f"largest rank that saves weights is {pays(rows, columns, parts)}. Leave that layer whole."
             )
         if (new.bias is None) != (layer.bias is None):
-            raise UserError(f"{name}: factors and layer must both have a bias, or none.")
+            raise UserError(f"{name}: either both factors and layer must have a bias, or neither.")
         if any(uses[id(one)] > 1 for one in sources_of(layer)):
             raise UserError(
-                f"{name} shares its weight with another layer, so one cannot become factors without the "
-                "other. Leave it out of --lowrank-targets."
+                f"{name} shares its weight with another layer, so it cannot be factorised alone. Leave it out of "
+                "--lowrank-targets."
             )
         if any(one.requires_grad and id(one) not in groups for one in sources_of(layer)):
-            raise UserError(f"{name} trains, but its weight is not among the optimizer's parameters.")
+            raise UserError(f"{name} is trained, but its weight is not among the optimizer's parameters.")
         numbers = [*sources_of(layer), *(one for one in new[:3] if one is not None)]
         if not all(bool(one.isfinite().all()) for one in numbers):
             raise UserError(
@@ -215,7 +215,7 @@ def _check(
 
 
 def _in_factors(layer: nn.Module, up: Tensor, down: Tensor) -> LowRankLinear:
-    """A layer in factors for the place of another, without its bias."""
+    """A factorised layer to replace another, without its bias."""
     source = sources_of(layer)[0]
     new = LowRankLinear(up.to(source, copy=True), down.to(source, copy=True))
     new.requires_grad_(source.requires_grad)
@@ -223,7 +223,7 @@ def _in_factors(layer: nn.Module, up: Tensor, down: Tensor) -> LowRankLinear:
 
 
 def _state_of(optimizer: Optimizer, layer: nn.Module, new: LowRankLinear, made: Made) -> dict[nn.Parameter, State]:
-    """What the optimizer is to keep of a layer's parameters, each on the device where it kept the like."""
+    """The optimizer's state for a layer's new parameters, each on the device of the old state."""
     state, sources, found = inner(optimizer).state, sources_of(layer), dict[nn.Parameter, State]()
     for parameter, source, kept in zip((new.up, new.down), (sources[0], sources[-1]), made.states, strict=True):
         like = state.get(source, {})
@@ -239,7 +239,7 @@ def _state_of(optimizer: Optimizer, layer: nn.Module, new: LowRankLinear, made: 
 
 
 def _replace(model: nn.Module, layers: Mapping[str, LowRankLinear], biases: Mapping[str, Tensor | None]) -> None:
-    """Put layers in their places; each takes over the bias of the one before, which gets its new values."""
+    """Put new layers in place; each takes over the old layer's bias, which gets its new values."""
     for name, new in layers.items():
         bias = model.get_submodule(name).bias
         if isinstance(bias, nn.Parameter) and (values := biases[name]) is not None:

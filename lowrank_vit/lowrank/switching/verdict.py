@@ -1,16 +1,17 @@
-"""When a layer is settled: its first r directions have stayed the same for several full refreshes, and are no noise.
+"""A layer has settled when its first r directions stayed the same for several complete refreshes and are not noise.
 
-A layer's *anchor* is the basis of the look that its streak began with. Every later look is compared with it, not with
-the one before, so directions that turn slowly do not pass. A look counts for the streak where all three shares reach
-the thresholds, ends it where one is `HYSTERESIS` below them, and leaves it as it is between the two:
+A layer's *anchor* is the basis at the start of its streak. Every later look is compared with it, not with the previous
+look, so slowly turning directions do not pass. A look adds to the streak if all three shares reach the thresholds, ends
+it if one is `HYSTERESIS` below them, and leaves it unchanged in between:
 
-- energy: what the anchor's directions hold of the energy of W now, from chance to the best possible;
-- cosine: the mean squared principal cosine between the two, from chance (r/n) to 1, of the worse side;
-- above noise: how much of what the first r hold noise of the same entries would not hold, see `Look.above_noise`. This
-  one keeps back weights that never change: their directions are always the same, and mean nothing.
+- energy: the energy of the current W in the anchor's directions, from chance to the best possible;
+- cosine: the mean squared principal cosine between the two, from chance (r/n) to 1, on the worse side;
+- above noise: how much of the energy share of the first r noise does not explain, see `Look.above_noise`. This holds
+  back weights that never change: their directions are always the same and mean nothing.
 
-All is of the r directions that the rule asks for now, and of as many of the anchor. r may move a little while a streak
-goes on (`margin`), beyond that it begins anew. A look whose triplets are not proven to be the first changes nothing.
+All three use the r directions of the rule's current rank, and as many of the anchor. r may change a little during a
+streak (`margin`); a larger change starts a new streak. A look whose triplets are not proven to be the first changes
+nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from lowrank_vit.lowrank.switching.settled import (
 
 
 class Shares(NamedTuple):
-    """Thresholds for the three shares, each a part of the way from chance, 0, to the most there could be, 1."""
+    """Thresholds for the three shares, each from chance (0) to the most possible (1)."""
 
     energy: float
     cosine: float
@@ -47,9 +48,9 @@ class Shares(NamedTuple):
 
 GAIN = Shares(0.75, 0.7, 0.2)
 HYSTERESIS = Shares(0.1, 0.1, 0.05)
-"""A streak ends so far below what it gains a look at."""
+"""A streak ends when a share is this far below the threshold that adds to it."""
 _SMALL = 4.0
-"""What is asked for above noise is more by this over K: the spectra of small matrices differ more by chance."""
+"""The threshold above noise rises by this / K: the spectra of small matrices vary more by chance."""
 
 
 CONSTANTS: dict[str, float] = {
@@ -59,23 +60,23 @@ CONSTANTS: dict[str, float] = {
     "turn": TURN,
     "margin": 8,
 }
-"""What decides beside the options, by name; a run keeps to those that it began with."""
+"""The constants that decide besides the options, by name; they must not change during a run."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of a layer after its last look. Without a rank that pays, or finite weights, numbers are 0."""
+    """The state of a layer after its last look. All numbers are 0 without finite weights and a rank that pays."""
 
     rank: int
-    """r by the rule at the last look; 0 where none pays, or the weights are not finite."""
+    """r by the rule at the last look; 0 if no rank pays or the weights are not finite."""
     settled: bool
     streak: int
-    """How many looks in a row have found the directions to be those of the anchor."""
+    """How many looks in a row found the anchor's directions."""
     energy: float
     energy_of_chance: float
     cosine: float
     chance: float
-    """See `Likeness`. 0 at a streak's beginning."""
+    """See `Likeness`. 0 at the start of a streak."""
     certificate: float
     share: float
     share_of_noise: float
@@ -88,10 +89,10 @@ NOTHING = Verdict(0, False, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 @dataclass
 class _Layer:
-    """What is kept of a layer."""
+    """The state kept for a layer."""
 
     rank: int
-    """The anchor's."""
+    """The anchor's rank."""
     streak: int
     settled: bool
     anchor: Basis | None
@@ -99,34 +100,34 @@ class _Layer:
 
 
 def margin(rank: int) -> int:
-    """How far r may rise while a streak goes on: by an eighth, or by 2, of rank 1 by 1; it may fall twice as far."""
+    """How far r may rise during a streak: by an eighth, but at least 2 (1 for rank 1); it may fall twice as far."""
     return max(rank // int(CONSTANTS["margin"]), min(rank, 2))
 
 
 def is_near(rank: int, settled: int) -> bool:
-    """Whether what was seen of the first `settled` directions also goes for so many; see `margin`."""
+    """Whether a result for the first `settled` directions also holds for the first `rank`; see `margin`."""
     return settled - 2 * margin(settled) <= rank <= settled + margin(settled)
 
 
 class Settling:
     """Watches which layers have settled, from copies of their weights at full refreshes.
 
-    A pure function of what it was shown: the same weights give the same bits. No generator of torch's or numpy's is
-    touched. It keeps a float32 basis of 9/8 r directions on both sides for each layer whose r pays, so at most 9/8 of
-    the float32 weights themselves, which is 381 MB for the block layers of a ViT-B; with r = 100 everywhere 66 MB.
+    Deterministic: the same weights give the same bits. No global generator of torch or numpy is touched. For each layer
+    with a rank that pays, it keeps a float32 basis of 9/8 r directions on both sides. That is at most 9/8 of the
+    float32 weights: 381 MB for the block layers of a ViT-B, or 66 MB with r = 100 everywhere.
     """
 
     def __init__(
         self, rule: Rule, *, energy: float = 0.9, times: int = 3, fused: Collection[str] = (), gain: Shares = GAIN
     ) -> None:
-        """Begin without any look.
+        """Start without any look.
 
         Args:
             rule: "energy", "mp", or "kfac", whose ranks come with the weights.
-            energy: the share, 0-1, that r directions hold, of rule "energy".
-            times: so many looks in a row, after the first, must find the same directions.
+            energy: for rule "energy", the energy share, 0-1, of r directions.
+            times: how many looks in a row, after the first, must find the same directions.
             fused: the names of matrices whose rows are Q, K and V, a third each.
-            gain: the thresholds at which a look counts.
+            gain: the thresholds at which a look adds to the streak.
         """
         self._gain = gain
         self._lose = Shares(*(high - low for high, low in zip(gain, HYSTERESIS, strict=True)))
@@ -142,14 +143,14 @@ class Settling:
         ranks: Mapping[str, int] | None = None,
         in_factors: Mapping[str, int] | None = None,
     ) -> None:
-        """Look at all matrices after an update. An update that is not after the last one seen counts once.
+        """Look at all matrices after an update. An update that is not later than the last one seen is ignored.
 
         Args:
-            update: number.
-            weights: copies by name, any float dtype and device; of a layer in factors the product.
+            update: its number.
+            weights: copies by name, any float dtype and device; for a factorised layer the product.
             ranks: r by name, for rule "kfac"; a layer without one has no verdict.
-            in_factors: the ranks of layers that are in factors already. They only shrink, by `margin` at least, since a
-                switch is not made for less.
+            in_factors: the ranks of layers that are factorised already. They only shrink, by at least `margin`, as less
+            is not worth a switch.
         """
         if self._update is not None and update <= self._update:
             return
@@ -159,11 +160,11 @@ class Settling:
             self._layers[name] = self._seen(name, matrix, given, (in_factors or {}).get(name, 0))
 
     def verdicts(self) -> dict[str, Verdict]:
-        """By name, of the last look at each."""
+        """The verdict of the last look at each layer, by name."""
         return {name: layer.verdict for name, layer in self._layers.items()}
 
     def forget(self, names: Collection[str]) -> None:
-        """Begin anew with these layers, as after they have switched: their directions count from then on."""
+        """Start anew with these layers, such as after a switch."""
         for name in names:
             self._layers.pop(name, None)
 
@@ -202,17 +203,17 @@ class Settling:
         return {"update": self._update, "layers": layers, "constants": CONSTANTS}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; on all devices, whatever it was on.
+        """Continue from a state, which may be on any device.
 
-        Raises `UserError` for that of a version with other constants, by which other layers would settle. Options are
-        not among them; a state without any is of a version that did not note them.
+        Raises `UserError` for a state of a version with other constants, by which other layers would settle. Options
+        are not among them. A state without constants comes from a version that did not record them, and is accepted.
         """
         was = state.get("constants", CONSTANTS)
         if other := [name for name in sorted({*was, *CONSTANTS}) if was.get(name) != CONSTANTS.get(name)]:
             changed = ", ".join(f"{name} was {was.get(name)}, now {CONSTANTS.get(name)}" for name in other)
             raise UserError(
-                f"The run was begun by a version that judges otherwise when a layer has settled: {changed}. Resume it "
-                "with that version, or start anew from its weights with --initial-checkpoint."
+                f"The run was started by a version with another test of when a layer has settled: {changed}. Resume it "
+                "with that version, or start a new run from its weights with --initial-checkpoint."
             )
         self._update = state["update"]
         self._layers = {}

@@ -15,21 +15,21 @@ from lowrank_vit.run.trackers.tracker import About, Tracker, paths
 
 FOLDER = "mlflow"
 _METRICS_A_CALL, _PARAMS_A_CALL = 1000, 100
-"""The most that MLflow takes at once."""
+"""MLflow's limits per call."""
 _NAME_LENGTH = 250
 _REFUSED = re.compile(r"[^/\w.\- :]")
-"""What MLflow does not take in a name."""
+"""Characters that MLflow refuses in a name."""
 
 
 class MlflowRun(Tracker):
-    """One MLflow run; `client` is an `MlflowClient`, whose calls return when the server or the database has it all."""
+    """One MLflow run; `client` is an `MlflowClient`, whose calls return when the server or database has the data."""
 
     def __init__(self, client: Any, run_id: str) -> None:
         self._client, self.id = client, run_id
         self._names, self._held = dict[str, str](), dict[str, set[int]]()
 
     def log(self, values: Mapping[str, float], axis: str) -> None:
-        """Send one row, in as many calls as it takes."""
+        """Send one row, in as many calls as needed."""
         metric: Any = importlib.import_module("mlflow.entities").Metric
         now, step = int(time.time() * 1000), int(values[axis])
         metrics = [metric(self._name(name), float(value), now, step) for name, value in values.items() if name != axis]
@@ -42,14 +42,14 @@ class MlflowRun(Tracker):
         return self._names[name]
 
     def holds(self, name: str, step: int) -> bool:
-        """Ask for the metric's history, once a metric."""
+        """Look into the metric's history, which is fetched once per metric."""
         if name not in self._held:
             history = self._client.get_metric_history(self.id, accepted(name))
             self._held[name] = {point.step for point in history}
         return step in self._held[name]
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Send the configuration of a new run, whose parameters may be set once; groups have paths as names."""
+        """Send a new run's configuration as parameters, named by their paths; MLflow allows to set them once."""
         param: Any = importlib.import_module("mlflow.entities").Param
         params = [param(accepted(name), str(value)) for name, value in paths(config, "")]
         for first in range(0, len(params), _PARAMS_A_CALL):
@@ -61,7 +61,7 @@ class MlflowRun(Tracker):
 
 
 def accepted(name: str) -> str:
-    """The name with other characters for those that MLflow refuses: it reads names as paths."""
+    """The name without characters that MLflow refuses. MLflow reads names as paths."""
     path = posixpath.normpath(_REFUSED.sub("_", name)[: _NAME_LENGTH - 1].strip("/") or "_")
     if path.startswith(".."):
         return path.replace("..", "_")
@@ -69,16 +69,16 @@ def accepted(name: str) -> str:
 
 
 def start(about: About, resume_id: str, say: Callable[[str], object]) -> Tracker:
-    """Start a run, or go on with the one of `resume_id` where it is still there."""
-    exceptions: Any = importlib.import_module("mlflow.exceptions")  # heavy: only where asked for
+    """Start a run, or continue the one of `resume_id` if it still exists."""
+    exceptions: Any = importlib.import_module("mlflow.exceptions")  # heavy: only if requested
     tracking: Any = importlib.import_module("mlflow.tracking")
     for library in ("mlflow", "alembic"):
-        logging.getLogger(library).setLevel(logging.WARNING)  # a line for each table of a new database
+        logging.getLogger(library).setLevel(logging.WARNING)  # otherwise a line for each table of a new database
     folder = about.run_dir / FOLDER
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
-        if "?" in str(folder):  # behind which SQLAlchemy reads options: the database would lie elsewhere
-            raise ValueError(f"no database can lie in {folder}, for its `?`: set MLFLOW_TRACKING_URI")
+        if "?" in str(folder):  # SQLAlchemy would read options after it, and put the database elsewhere
+            raise ValueError(f"the database cannot be in {folder} because of its `?`: set MLFLOW_TRACKING_URI")
         folder.mkdir(exist_ok=True)
         uri = f"sqlite:///{folder}/mlflow.db"
     client = tracking.MlflowClient(tracking_uri=uri)

@@ -1,4 +1,4 @@
-"""The trackers of one run: each in a thread of its own, so that none can hold up or end the training."""
+"""The trackers of one run: each has its own thread, so that none can delay or end the training."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lowrank_vit.common.threads import Jobs
 from lowrank_vit.run.trackers.tracker import About, Table, Tracker, paths
 
 TITLES = {"wandb": "W&B", "tensorboard": "TensorBoard", "trackio": "trackio", "mlflow": "MLflow"}
-"""The trackers' modules here, which are called as their packages, and how messages call them."""
+"""The trackers' modules, named like their packages, and their names in messages."""
 START_TIMEOUT_S = 90.0
 FINISH_TIMEOUT_S = 120.0
-"""Time for the last rows; after that the files on disk are complete and can be sent later, as the tracker allows."""
+"""Time to send the last rows; the files on disk are complete, and can be sent later if the tracker allows it."""
 MOST_WAITING = 500_000
-"""Values that may wait for a tracker that is slower than they are made, about 100 MB."""
+"""Values that may wait for a slow tracker, about 100 MB."""
 
 
 def check(names: Sequence[str], project: str) -> None:
-    """Raise `UserError` for a tracker that is not installed, or that refuses the project or wants a login."""
+    """Raise `UserError` for a tracker that is not installed, refuses the project or needs a login."""
     without = "leave the option out: the run directory has all numbers"
     for name in names:
         needs(name, extra=name, to=f"--tracker {name}", instead=without)
@@ -44,14 +44,14 @@ def _module(name: str) -> Any:
 class Trackers:
     """Copies of a run's numbers, sent to any number of trackers.
 
-    Names are the same at all of them: what timm's training script logs once an epoch keeps its names (`train_loss`,
-    `eval_top1`, `lr`), against `epoch`; each log interval is under `train/...` against `update`; spectra are under
-    `spec/...` and `spec_ema/...` against `spec_update`, since they are finished some updates after the weights were
-    copied. Whatever a tracker raises, at any call, is said, and it gets nothing more; one that hangs is left alone.
+    Names are the same for all trackers. Values that timm's training script logs once per epoch keep its names
+    (`train_loss`, `eval_top1`, `lr`), over `epoch`. Log intervals are `train/...` over `update`. Spectra are `spec/...`
+    and `spec_ema/...` over `spec_update`, since they are finished some updates after the weights were copied. An error
+    of a tracker is reported, and it gets no more rows; a tracker that hangs is left alone.
     """
 
     def __init__(self, senders: Sequence[_Sender], ids: dict[str, str]) -> None:
-        """`senders` are at work; `ids` by tracker are added to, be it later, once each knows its run."""
+        """`senders` are running; each adds its run's id to `ids`, by tracker, when it knows it."""
         self._senders, self.ids = senders, ids
 
     @classmethod
@@ -64,10 +64,10 @@ class Trackers:
         say: Callable[[str], object] = terminal.say,
         timeout_s: float = START_TIMEOUT_S,
     ) -> Trackers:
-        """Start them at once, and go on with the runs of `resume_ids` by tracker.
+        """Start all trackers at once; continue the runs of `resume_ids`, by tracker.
 
-        For one that has not started after `timeout_s` the rows wait. Raises `UserError` where one does that is the
-        user's to mend, such as a missing login.
+        If a tracker has not started after `timeout_s`, its rows wait. Raises `UserError` for an error that the user has
+        to correct, such as a missing login.
         """
         about = replace(about, **_plain({"project": about.project, "name": about.name, "config": about.config}))
         about = replace(about, tags=_plain(about.tags), run_dir=about.run_dir.absolute())
@@ -82,16 +82,16 @@ class Trackers:
         return trackers
 
     def log(self, values: Mapping[str, Any], axis: str) -> None:
-        """Send one row, whose place on its axis is `values[axis]`: its numbers, those in mappings by their paths."""
+        """Send the numbers of one row, nested ones named by path; `values[axis]` is its position on the axis."""
         self.send(plain_row(values), axis)
 
     def send(self, row: dict[str, float], axis: str) -> None:
-        """Send what `plain_row` has made of values. Nobody may change it any more."""
+        """Send a row made by `plain_row`. It must not be changed afterwards."""
         for sender in self._senders:
             sender.put(row, axis)
 
     def finish(self, spectra: Table | None = None, *, timeout_s: float = FINISH_TIMEOUT_S) -> None:
-        """Send what is left, for at most `timeout_s`, all at once; `spectra`, the newest, to those that have tables."""
+        """Finish all trackers at once, within `timeout_s`; send `spectra`, the latest, to those that have tables."""
         for sender in self._senders:
             sender.begin_finish(spectra)
         until = time.monotonic() + timeout_s
@@ -101,17 +101,17 @@ class Trackers:
 
 
 def plain_row(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row, those in mappings by their paths, under names that can be sent."""
+    """The numbers of a row, nested ones named by path, with printable names."""
     return dict(values) if _is_plain(values) else _numbers(values)
 
 
 def _is_plain(values: Mapping[str, Any]) -> bool:
-    """Whether `_numbers` would change nothing; of the thousands in a refresh of the spectra that is soon seen."""
+    """Whether `_numbers` would change nothing; a quick test for the thousands of values of a refresh."""
     return {float, int}.issuperset(map(type, values.values())) and "".join(values).isprintable()
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """What is a number, under names that are printable."""
+    """The values that are numbers, with printable names."""
     return {
         name if name.isprintable() else terminal.one_line(name): int(value) if isinstance(value, int) else float(value)
         for name, value in paths(values, "")
@@ -120,7 +120,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _plain(value: Any) -> Any:
-    """The same with text that can be sent: a name may hold bytes that are not UTF-8."""
+    """The value with printable texts: a name may contain bytes that are not UTF-8."""
     if isinstance(value, str | Path):
         return printable(value)
     if isinstance(value, dict):
@@ -129,7 +129,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Sender:
-    """One tracker and its thread, in which all of its methods are called."""
+    """One tracker and its thread; all of its methods are called in that thread."""
 
     def __init__(self, name: str, about: About, ids: dict[str, str], say: Callable[[str], object]) -> None:
         self._title, self._say, self._ids = TITLES[name], say, ids
@@ -139,7 +139,7 @@ class _Sender:
         self.refusal: UserError | None = None
         self._is_started, self._lock, self._waiting = threading.Event(), threading.Lock(), 0
         self._failures = Failures(f"lines were not sent to {self._title}", say)
-        # What a job raises it notes itself, so the thread has no errors to tell.
+        # Jobs handle their own errors, so the thread has none to report.
         self._jobs: Jobs[Callable[[], None]] = Jobs(lambda job: job(), lambda *_: None, f"{name}-log")
         self._jobs.put(partial(self._start, name, about))
 
@@ -153,14 +153,12 @@ class _Sender:
         except UserError as error:
             self.refusal = error
         except BaseException as error:  # SystemExit, too: training matters more
-            self._say(
-                f"warning: {self._title} cannot be started ({in_short(error)}); training goes on without {self._title}."
-            )
+            self._say(f"warning: {self._title} cannot be started ({in_short(error)}); training goes on without it.")
         finally:
             self._is_started.set()
 
     def wait(self, until: float, timeout_s: float) -> None:
-        """Wait until it is started, or has failed, or that time is over."""
+        """Wait until the tracker has started or failed, at most until that time."""
         if not self._is_started.wait(max(0.0, until - time.monotonic())):
             self._say(
                 f"warning: {self._title} has not started after {timeout_s:.0f} s; training goes on, and the numbers "
@@ -168,14 +166,14 @@ class _Sender:
             )
 
     def put(self, row: dict[str, float], axis: str) -> None:
-        """Have a row sent after those before it; too many that wait are too many for the memory."""
+        """Queue a row; drop it if too many values are waiting, to limit memory."""
         with self._lock:
             is_room = self._waiting + len(row) <= MOST_WAITING
             self._waiting += len(row) if is_room else 0
             if is_room:
                 self._failures.is_over()
             else:
-                self._failures.note(f"{self._title} is slower than the numbers are made; some are not sent to it.")
+                self._failures.note(f"{self._title} is too slow for the numbers; some are not sent to it.")
         if is_room:
             self._jobs.put(partial(self._log, row, axis))
 
@@ -197,7 +195,7 @@ class _Sender:
                 self._waiting -= len(row)
 
     def begin_finish(self, spectra: Table | None) -> None:
-        """Have the tracker's run ended after the last row, and after the table of the newest spectra."""
+        """Queue the end of the tracker's run, after the last row and the table of the latest spectra."""
         self._jobs.put(partial(self._finish, spectra))
 
     def _finish(self, spectra: Table | None) -> None:
@@ -215,7 +213,7 @@ class _Sender:
         self._say(f"warning: {self._title} could not send everything ({reason}).{self._advice}")
 
     def finish(self, until: float, timeout_s: float) -> None:
-        """Wait for it until that time, unless it has not even started; say what was lost."""
+        """Wait for the tracker until that time, unless it never started; report what was lost."""
         has_started = self._is_started.is_set()
         self._jobs.close(max(0.0, until - time.monotonic()) if has_started else 0.0)
         if self._jobs.is_busy:

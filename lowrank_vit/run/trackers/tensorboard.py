@@ -11,18 +11,18 @@ from lowrank_vit.run.trackers.tracker import About, Tracker
 
 FOLDER = "tensorboard"
 _FLUSH_S = 10
-"""Seconds after which a row is in its file at the latest, for who watches."""
+"""Largest delay in seconds until a row is in its file."""
 
 
 class EventFiles(Tracker):
     """Event files in `tensorboard/epoch`, `tensorboard/update` and `tensorboard/spec_update`.
 
-    A folder for each axis, since TensorBoard has one axis of steps a folder, and since a resumed run takes back, on
-    each axis, what was written after its checkpoint.
+    Each axis has its own folder, since TensorBoard has one step axis per folder, and since a resumed run removes on
+    each axis what was written after its checkpoint.
     """
 
     def __init__(self, about: About) -> None:
-        """Begin with the configuration, so that a folder that cannot be written is found out at the start."""
+        """Write the configuration first, so that a folder that cannot be written is noticed at the start."""
         self._about, self._writers = about, dict[str, Any]()
         shown = json.dumps({**about.config, "tags": about.tags}, indent=2, default=str)
         text = "".join(f"    {line}\n" for line in shown.splitlines())  # a block of code in Markdown
@@ -38,18 +38,18 @@ class EventFiles(Tracker):
         return self._writers[axis]
 
     def log(self, values: Mapping[str, float], axis: str) -> None:
-        """Write one event with all values: an event for each of thousands takes twenty times as long."""
+        """Write one event with all values: separate events for thousands of values take twenty times as long."""
         protocol: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
         one = protocol.Summary.Value
         points = [one(tag=name, simple_value=value) for name, value in values.items() if name != axis]
         self._writer(axis).file_writer.add_summary(protocol.Summary(value=points), int(values[axis]))
 
     def finish(self) -> None:
-        """Write what is left."""
+        """Write the remaining events."""
         for writer in self._writers.values():
             writer.close()
 
 
 def start(about: About, resume_id: str, say: Callable[[str], object]) -> Tracker:
-    """Begin new event files beside those that are there."""
+    """Start new event files beside the existing ones."""
     return EventFiles(about)

@@ -1,4 +1,4 @@
-"""The one interface that every tracker is written to, and what each is told about the run."""
+"""The interface of all trackers, and the description of a run that each of them gets."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any, NamedTuple, cast
 
 @dataclass(frozen=True)
 class About:
-    """What a tracker is told of the run that it follows. All texts are printable."""
+    """The description of a run for a tracker. All texts are printable."""
 
     project: str
     name: str
     run_dir: Path
-    """Absolute, since a tracker may have a process of its own, which was started in another folder."""
+    """Absolute, since a tracker may have its own process, started in another folder."""
     config: dict[str, Any] = field(default_factory=dict[str, Any])
     tags: tuple[str, ...] = ()
     goes_on_at: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Of a resumed run: the first value of each axis that is still to come. Empty for a new run."""
+    """For a resumed run: the next value of each axis. Empty for a new run."""
 
 
 def paths(values: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested mappings, named by their paths: `a/b` of `{"a": {"b": ...}}`, behind `above`."""
+    """Yield the values of nested mappings with their paths after `above`, such as `a/b` for `{"a": {"b": ...}}`."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from paths(cast(Mapping[str, Any], value), f"{above}{name}/")
@@ -33,32 +33,32 @@ def paths(values: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
 
 
 class Table(NamedTuple):
-    """Plain cells under names; a cell without a number is None."""
+    """Rows of plain cells with column names; a cell without a number is None."""
 
     columns: list[str]
     rows: list[list[Any]]
 
 
 class Tracker(ABC):
-    """One run at one tracker. Every method may raise, or hang: whoever calls it, see `Trackers`, expects that."""
+    """One run at one tracker. Every method may raise or hang; the caller, `Trackers`, expects that."""
 
     id: str = ""
-    """Text with which a resumed run goes on; empty where none is needed."""
+    """Identifier with which a resumed run continues; empty if none is needed."""
     advice: str = ""
-    """A sentence on what to do with numbers that could not be sent."""
+    """A sentence about what to do with numbers that could not be sent."""
 
     @abstractmethod
     def log(self, values: Mapping[str, float], axis: str) -> None:
-        """Send one row; `values[axis]` is its place on the axis that all its other values belong to."""
+        """Send one row; `values[axis]` is the position of all other values on that axis."""
 
     def holds(self, name: str, step: int) -> bool:
-        """Whether a point of that metric is there from before the run was resumed, and not to be sent again."""
+        """Whether the tracker has this point of the metric from before the resume, so it must not be sent again."""
         return False
 
     def log_table(self, spectra: Table) -> None:
-        """Send the newest numbers of the spectra as a table, where it has tables; before `finish`."""
+        """Send the latest numbers of the spectra as a table, if the tracker has tables; before `finish`."""
         return
 
     @abstractmethod
     def finish(self) -> None:
-        """Send what is left, and end the run there."""
+        """Send the remaining rows, and end the run at the tracker."""

@@ -11,19 +11,19 @@ from lowrank_vit.run.trackers.tracker import About, Tracker
 
 
 class TrackioRun(Tracker):
-    """One trackio run. It says by itself, as a Python warning, what it could not write or send."""
+    """One trackio run. trackio itself reports failures to write or send, as Python warnings."""
 
     def __init__(self, run: Any) -> None:
-        """`run` is trackio's own, which a resumed run finds by its name."""
+        """`run` is trackio's own object; a resumed run finds it by name."""
         self._run, self.id = run, run.name
 
     def log(self, values: Mapping[str, float], axis: str) -> None:
-        """Queue one row. Its axis is among the values, too, since trackio draws any of them over any other."""
+        """Queue one row, including its axis, since trackio can plot any value over any other."""
         self._run.log(dict(values), step=int(values[axis]))
 
     def holds(self, name: str, step: int) -> bool:
-        """Look into the database on this machine; of another one nothing is known."""
-        with suppress(Exception):  # a module of trackio's own, which another version may not have
+        """Look into this machine's database; False for a run on another machine."""
+        with suppress(Exception):  # an internal module, which other versions may lack
             storage: Any = importlib.import_module("trackio.sqlite_storage")
             run, points = self._run, storage.SQLiteStorage.get_metric_values
             return bool(points(run.project, run.name, name, step=step, run_id=run.id))
@@ -35,8 +35,8 @@ class TrackioRun(Tracker):
 
 
 def start(about: About, resume_id: str, say: Callable[[str], object]) -> Tracker:
-    """Start a run, or go on with the newest one called `resume_id`."""
-    library: Any = importlib.import_module("trackio")  # heavy: only where asked for
+    """Start a run, or continue the latest one named `resume_id`."""
+    library: Any = importlib.import_module("trackio")  # heavy: only if requested
     return TrackioRun(
         library.init(
             project=about.project,
@@ -44,7 +44,7 @@ def start(about: About, resume_id: str, say: Callable[[str], object]) -> Tracker
             config={**about.config, "tags": list(about.tags)},
             resume="allow" if resume_id else "never",
             embed=False,
-            auto_log_gpu=False,  # the names are those that every tracker gets
+            auto_log_gpu=False,  # all trackers get the same names
             auto_log_cpu=False,
         )
     )

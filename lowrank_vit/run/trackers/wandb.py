@@ -15,16 +15,16 @@ AXES = {
     "update": ("train/*",),
     "spec_update": ("spec/*", "spec_ema/*"),
 }
-"""The axis of each metric. No name fits two patterns: W&B would take any of them, another one in each run."""
+"""The metrics of each axis. No name may match two patterns: W&B would choose one at random in each run."""
 _NOT_IN_A_PROJECT = "/\\#?%:"
-"""What W&B refuses in a project's name."""
+"""Characters that W&B refuses in a project's name."""
 
 
 class WandbRun(Tracker):
-    """One W&B run. A run that was killed and is resumed has the updates that were made again twice."""
+    """One W&B run. If a run was killed and resumed, repeated updates appear twice."""
 
     def __init__(self, run: Any, about: About) -> None:
-        """`run` is W&B's own."""
+        """`run` is W&B's own object."""
         self._run, self.id = run, run.id
         self.advice = f"Send it later with: wandb sync {about.run_dir}/wandb/*run-*"
         for axis, names in AXES.items():
@@ -33,11 +33,11 @@ class WandbRun(Tracker):
                 run.define_metric(name, step_metric=axis)
 
     def log(self, values: Mapping[str, float], axis: str) -> None:
-        """Send one row. Which of its values is the axis, W&B knows from `AXES`."""
+        """Send one row. W&B knows from `AXES` which value is the axis."""
         self._run.log(dict(values))
 
     def log_table(self, spectra: Table) -> None:
-        """Send it as an artifact of the run, a table `scalars`."""
+        """Send the table as an artifact of the run, named `scalars`."""
         import wandb
 
         artifact = wandb.Artifact(f"spectra-{self.id}", type="spectra")
@@ -45,17 +45,17 @@ class WandbRun(Tracker):
         self._run.log_artifact(artifact)
 
     def finish(self) -> None:
-        """Send what is left."""
+        """Send the remaining rows."""
         self._run.finish()
 
 
 def start(about: About, resume_id: str, say: Callable[[str], object]) -> Tracker:
-    """Start a run, or go on with the one of `resume_id`.
+    """Start a run, or continue the one of `resume_id`.
 
-    Where the server does not answer the run is kept on disk (W&B's offline mode). Raises `UserError` without a login,
-    which would otherwise be noticed only after the training.
+    If the server does not answer, the run is kept on disk (W&B's offline mode). Raises `UserError` without a login,
+    which would otherwise only be noticed after training.
     """
-    import wandb  # heavy: only where asked for
+    import wandb  # heavy: only if requested
     from wandb.errors import AuthenticationError, UsageError
 
     arguments: dict[str, Any] = {"project": about.project, "name": about.name, "config": about.config}
@@ -78,25 +78,25 @@ def start(about: About, resume_id: str, say: Callable[[str], object]) -> Tracker
 
 
 def check(project: str) -> None:
-    """Raise `UserError` for a project that W&B refuses, and where a run would be sent to its server without a login.
+    """Raise `UserError` for a project name that W&B refuses, or if a login is missing for an online run.
 
-    May ask for a key in a terminal.
+    May ask for an API key in a terminal.
     """
     if wrong := [one for one in _NOT_IN_A_PROJECT if one in project]:
         raise UserError(
-            f"--wandb-project {project}: the name of a W&B project has no `{wrong[0]}`. Choose one without any of "
+            f"--wandb-project {project}: W&B does not allow `{wrong[0]}` in a project name. Choose one without any of "
             f"{' '.join(_NOT_IN_A_PROJECT)}"
         )
     import wandb
     from wandb.errors import AuthenticationError, UsageError
 
     try:
-        # The environment first: in a process that has used W&B before, its settings are of then.
+        # The environment first: if the process has used W&B before, its settings are from then.
         if (os.environ.get("WANDB_MODE") or wandb.setup().settings.mode) in ("online", "shared"):
             wandb.login()
     except (UsageError, AuthenticationError) as error:
         raise _cannot_start(error) from error
-    except Exception:  # a server that does not answer is met when the run starts
+    except Exception:  # a server that does not answer is handled when the run starts
         return
 
 
@@ -107,6 +107,6 @@ def _cannot_start(error: Exception) -> UserError:
     advice = (
         "Log in with `wandb login`, or log to files only with WANDB_MODE=offline in the environment."
         if is_login
-        else "Change the --wandb option that it names, or leave --log-wandb and --tracker wandb out."
+        else "Change the --wandb option that it names, or leave out --log-wandb and --tracker wandb."
     )
     return UserError(f"--tracker wandb: Weights & Biases cannot start: {error} {advice}")

@@ -108,7 +108,7 @@ def test_pieces_of_rows_have_the_moments_of_a_layer_of_those_rows():
     assert_same(moments_of(x_NTC, g_NTR, pieces=3).rows(2, 4), moments_of(x_NTC, g_NTR[:, :, 2:4]))
     with pytest.raises(ValueError, match="not whole pieces of 2"):
         moments.rows(0, 3)
-    with pytest.raises(UserError, match="6 rows, which are not 4 equal pieces"):
+    with pytest.raises(UserError, match="6 rows, which cannot be split into 4 equal pieces"):
         calibrate(model, [images], model.targets(), pieces={name: 4})
 
 
@@ -185,7 +185,7 @@ def test_a_layer_to_which_tokens_do_not_come_image_by_image_is_refused(count: in
     images = torch.randn(count, 3, 4, 4, dtype=torch.float64)
     for layout in ("tokens first", "of no image"):
         model = _Laid(layout)
-        with pytest.raises(UserError, match="layer does not take in one image's tokens after another's"):
+        with pytest.raises(UserError, match="layer does not take one image's tokens after another's"):
             calibrate(model, [images], {"layer": model.layer})
     flat, windows = (_Laid(layout) for layout in ("flat", "windows"))
     expected = calibrate(flat, [images], {"layer": flat.layer})["layer"]
@@ -237,7 +237,7 @@ def test_what_cannot_be_calibrated_is_said():
         calibrate(model, [], model.targets())
     with pytest.raises(UserError, match="targets match nothing"):
         calibrate(model, [images], {})
-    with pytest.raises(UserError, match=r"unused is not called in the model's forward pass"):
+    with pytest.raises(UserError, match=r"unused cannot be calibrated: the model's forward pass does not call it"):
         calibrate(model, [images], {"unused": nn.Linear(3, 3).double()})
     with pytest.raises(UserError, match="logits are not finite: the images hold a NaN"):
         calibrate(model, [images, images / 0], model.targets())

@@ -52,7 +52,7 @@ def test_only_svd_that_is_saved_needs_no_data():
     ],
 )
 def test_a_flag_about_images_is_refused_without_them(flag):
-    with pytest.raises(UserError, match=r"^--[a-z-]+ is of no use without images: add --data DIR"):
+    with pytest.raises(UserError, match=r"^--[a-z-]+ needs images: add --data DIR"):
         options(f"c.pth --budget 0.2 --method svd --save s.pth {flag}").check()
 
 
@@ -61,28 +61,28 @@ def test_one_file_by_two_names_is_one_file(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link.pth").symlink_to("s.pth")
     for other in (tmp_path / "s.pth", "./s.pth", "folder/../s.pth", "link.pth"):
-        with pytest.raises(UserError, match="They are two files"):
+        with pytest.raises(UserError, match="Give two different files"):
             options(f"c.pth --data d --budget 0.2 --save s.pth --merge {other}").check()
     options("c.pth --data d --budget 0.2 --save s.pth --merge folder/s.pth").check()
 
 
 WRONG = {
-    "--budget 0.2": "add --save FILE; a curve has --budgets",
+    "--budget 0.2": "makes one checkpoint: add --save FILE",
     "--budget 0.2 --out o": "add --save FILE",
-    "--save s.pth": "Which size is s.pth to have?",
-    "--merge s.pth --budgets 0.2": "Which size is s.pth to have?",
+    "--save s.pth": "The size of s.pth is missing",
+    "--merge s.pth --budgets 0.2": "The size of s.pth is missing",
     "--budget 0.2 --save s.pth --method svd kfac": "give one --method, not svd, kfac",
     "--budget 0.2 --save s.pth --ranks greedy uniform": "give one --ranks, not greedy, uniform",
     "--budget 0.2 --save s.pth --budgets 0.3": "Leave one of them out",
-    "--budget 0.2 --save s.json": "s.json has no name of a checkpoint",
-    "--budget 0.2 --save s.pth --merge s.pth": "They are two files",
+    "--budget 0.2 --save s.json": "s.json does not end like a checkpoint",
+    "--budget 0.2 --save s.pth --merge s.pth": "Give two different files",
     "--budget 1.5 --save s.pth": "--budget takes a number above 0, up to 1, not `1.5`",
     "--budget nan --save s.pth": "--budget takes",
     "--budgets 0.5 0": "--budgets takes",
     "--budgets": "--budgets takes numbers above 0, up to 1, and none is given",
     "--ranks": "--ranks needs a value",
     "--method": "--method needs a value",
-    "--measure-layers": "--measure-layers goes into files: add --out DIR",
+    "--measure-layers": "--measure-layers only writes to files: add --out DIR",
     "--calibration-images 0": "--calibration-images takes a whole number of at least 1",
     "--ranks best": "--ranks takes one of uniform, energy, greedy, not `best`",
     "--by size": "--by takes one of params, flops, not `size`",

@@ -68,7 +68,7 @@ def test_a_layer_whose_weight_the_model_reads_itself_is_refused_by_name_and_the_
     (line,) = said
     assert "attn.qkv and 1 more: timm.models." in line
     assert "reads its weight itself" in line
-    with pytest.raises(UserError, match=r"No layer that --targets names can be put in factors. .*reads its weight"):
+    with pytest.raises(UserError, match=r"No layer that --targets names can be factorised. .*reads its weight"):
         found(model, "qkv")
 
 
@@ -104,15 +104,15 @@ def test_each_layer_that_cannot_be_in_factors_is_named_with_its_reason():
     torch.manual_seed(0)
     names, said = found(_Odd(), "conv,good,unused,out,out_proj,table,seen,watched,doubled")
     assert names == ["good", "out"]
-    reasons = dict(line.removeprefix("note: left as it is: ").split(": ", 1) for line in said)
+    reasons = dict(line.removeprefix("note: left unchanged: ").split(": ", 1) for line in said)
     expected = {
         "conv": "of class Conv2d",
         "table": "of class Embedding",
         "attention.out_proj": "reads its weight itself",
         "unused": "does not use it",
-        "seen": "change what the model answers",
-        "watched": "hooks are on it",
-        "doubled": "_Doubled is a Linear with a forward of its own",
+        "seen": "change the model's output",
+        "watched": "it has hooks",
+        "doubled": "_Doubled is a Linear with its own forward",
     }
     assert reasons.keys() == expected.keys()
     assert all(part in reasons[name] for name, part in expected.items())
@@ -147,7 +147,7 @@ def too_large(model: nn.Module) -> None:
         (
             lambda model: None,
             "patch_embed.proj",
-            r"No layer .* in factors. patch_embed.proj: of class Conv2d",
+            r"No layer .* factorised. patch_embed.proj: of class Conv2d",
         ),
     ],
 )
@@ -170,7 +170,7 @@ def test_rows_are_split_only_where_their_order_is_known():
     model = plain()
     targets = find_targets(model, "attn.qkv,mlp.fc1", img_size=SIDE)
     assert parts_of_targets(model, targets, "heads") == {name: 6 if "qkv" in name else 1 for name in targets}
-    with pytest.raises(UserError, match=r"--split thirds is about layers named qkv"):
+    with pytest.raises(UserError, match=r"--split thirds needs a target named qkv"):
         parts_of_targets(model, {name: one for name, one in targets.items() if "fc1" in name}, "thirds")
     model.get_submodule("blocks.0.attn").head_first = True  # type: ignore[assignment]  # as timm's own of another order
     with pytest.raises(UserError, match=r"rows of blocks.0.attn.qkv are Q, K and V, a third each, and how many heads"):

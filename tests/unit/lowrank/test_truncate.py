@@ -279,7 +279,7 @@ def test_layers_of_a_model_are_decomposed_with_what_is_wrong_named():
 @pytest.mark.parametrize("rank", [0, -1, 8])
 def test_a_rank_above_the_matrix_or_of_none_is_refused(rank: int):
     one = decompose(matrix(ROWS, COLS), None, METHODS["svd"], None)
-    with pytest.raises(UserError, match=rf"Rank {rank} does not fit a 7 x 11 matrix: it is 1 to 7"):
+    with pytest.raises(UserError, match=rf"Rank {rank} does not fit a 7 x 11 matrix. Give 1 to 7"):
         one.factors(rank)
 
 
@@ -302,7 +302,7 @@ def test_wrong_triplets_are_not_taken_but_those_of_a_second_solver(faults: int, 
     monkeypatch.setattr(torch.linalg, "svd", wrong)
     weight = matrix(ROWS, COLS)
     if faults == 2:
-        with pytest.raises(UserError, match="singular triplets found are off"):
+        with pytest.raises(UserError, match="singular triplets have an error of"):
             decompose(weight, None, METHODS["svd"], None)
     else:
         one = decompose(weight, None, METHODS["svd"], None)

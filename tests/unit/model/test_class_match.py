@@ -50,7 +50,7 @@ def test_a_thousand_outputs_on_some_of_imagenets_classes():
         found = matched(some, model)
         assert found.outputs == [3, 500, 999]
         assert found.names == list(imagenet1k())
-        assert ("MODEL names no classes: its 1,000 outputs are taken for ImageNet's" in " ".join(found.remarks)) == (
+        assert ("MODEL names no classes: its 1,000 outputs are taken as ImageNet's" in " ".join(found.remarks)) == (
             model == 1000
         )
     assert matched(list(imagenet1k()), 1000).remarks == []
@@ -75,9 +75,9 @@ def test_without_names_timms_order_is_assumed_and_said():
     assert [TWELVE[output] for output in older.outputs] == BY_CODE_POINT
     torchvisions = matched(TWELVE, 12, Trust(order="code-point"))
     assert [BY_CODE_POINT[output] for output in torchvisions.outputs] == TWELVE
-    assert "say --class-order timm" in torchvisions.remarks[0]
+    assert "give --class-order timm" in torchvisions.remarks[0]
     assert matched(12, TWELVE).remarks == [
-        "DATA names no classes: label N is taken for output N of MODEL (0, 1, 2, 3, ...)"
+        "DATA names no classes: label N is taken as output N of MODEL (0, 1, 2, 3, ...)"
     ]
     assert matched(["c", "a", "b"], 3) == Match([0, 1, 2], ["c", "a", "b"])  # an order of its own, as of an archive
 
@@ -112,7 +112,7 @@ def test_all_else_is_an_error_with_both_lists(data, model, words):
 def test_the_user_may_know_better():
     found = matched(["a", "zoo"], ["a", "b", "c"], Trust(labels=True))
     assert (found.outputs, found.names) == ([0, 1], ["a", "b", "c"])
-    assert found.remarks == ["label N of DATA is taken for output N of MODEL (--trust-labels)"]
+    assert found.remarks == ["label N of DATA is taken as output N of MODEL (--trust-labels)"]
     assert matched(["c", "a"], ["a", "b", "c"], Trust(labels=True)).outputs == [2, 0]  # there is nothing to trust
-    with pytest.raises(UserError, match="--trust-labels: DATA has 3 classes, MODEL only 2"):
+    with pytest.raises(UserError, match="--trust-labels: DATA has 3 classes, but MODEL has only 2"):
         matched(["a", "b", "c"], 2, Trust(labels=True))

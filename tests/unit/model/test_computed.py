@@ -235,10 +235,10 @@ def poly() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (computed_by_nobody_knows_what, "^a.weight is no parameter: its layer computes it.*targets without it"),
-        (around_another, "^base_model.model.a: the weight that it computes with is not known.*around another"),
-        (on_a_computed_one, "kind loha, and the weight below it is computed, too"),
-        (poly, "kind poly, and cannot be merged.*targets without it"),
+        (computed_by_nobody_knows_what, "^a.weight is not a parameter: its layer computes it.*targets without it"),
+        (around_another, "^base_model.model.a: the weight that it computes with is unknown.*wraps another"),
+        (on_a_computed_one, "kind loha, and the weight that it adapts is computed, too"),
+        (poly, "kind poly, and it cannot be merged.*targets without it"),
     ],
 )
 def test_a_layer_that_is_not_understood_is_refused_by_name_and_others_are_watched(make: Any, message: str) -> None:

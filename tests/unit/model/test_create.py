@@ -100,14 +100,14 @@ def test_a_file_without_a_head_gets_one(weights, tmp_path):
     torch.save({key: value for key, value in weights.items() if key not in HEAD}, path)
     state, said = load(path)
     assert same(state, weights, but=HEAD)
-    assert said[:-1] == ["pretrained weights: they have no head, a new one of 7 classes is made"]
+    assert said[:-1] == ["pretrained weights: they have no head; the model gets a new one with 7 classes"]
 
 
 def test_a_pooling_of_its_own_is_named(file, weights):
     """Common in fine-tuning: class token weights, average pooling with a norm of its own."""
     state, said = load(file, num_classes=12, model_kwargs=(*KWARGS, "global_pool=avg"))
     assert torch.equal(state["blocks.1.mlp.fc1.weight"], weights["blocks.1.mlp.fc1.weight"])
-    assert "pretrained weights: they have no fc_norm, which stays freshly initialised" in said
+    assert "pretrained weights: they have no fc_norm, which stays randomly initialised" in said
     assert "pretrained weights: their norm has no place in the model and is not used" in said
 
 
@@ -285,15 +285,15 @@ def test_gradient_checkpointing_changes_no_gradient():
             b.grad, a.grad, msg=lambda text, name=name: f"{name}: {text}"
         )  # not on every CPU the same bits
     assert stored[1] < stored[0] / 2
-    with pytest.raises(UserError, match="--grad-checkpointing: --model dla46_c cannot do that"):
+    with pytest.raises(UserError, match="--grad-checkpointing: --model dla46_c does not support it"):
         create_model("dla46_c", 7, grad_checkpointing=True)
 
 
 @pytest.mark.parametrize(
     ("pair", "said"),
     [
-        ("in_chans=1", "--model-kwargs in_chans=1 is not here: images are RGB"),
-        ("pretrained_cfg=3", "--model-kwargs pretrained_cfg=3 is not here: .*--pretrained"),
+        ("in_chans=1", "--model-kwargs in_chans=1 is not possible: images are RGB"),
+        ("pretrained_cfg=3", "--model-kwargs pretrained_cfg=3 is not possible: .*--pretrained"),
         ("img_size=(32,64)", "images are square"),
         ("num_heads=0", "cannot be built: integer modulo by zero"),
         ("norm_layer=3", "cannot be built: AssertionError|cannot be built: "),

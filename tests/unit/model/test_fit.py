@@ -68,7 +68,7 @@ def test_what_cannot_be_taken_is_named(tmp_path):
     assert "--initial-checkpoint" in refused(path)
     assert "cannot be read" in refused(path)
     torch.save({"epoch": 3}, path)
-    assert "holds no `state_dict`" in refused(path)
+    assert "has no `state_dict`" in refused(path)
     torch.save({"model": {**OWN, "more": torch.zeros(1)}}, path)
     assert "1 are unknown here (more)" in refused(path)
 
@@ -144,7 +144,7 @@ def test_a_pretrained_head_that_is_kept_follows_the_names(tmp_path):
     assert torch.equal(head, rows(OWN).flip(0))
     head, said = fitted([*NAMES[:6], "zoo"], NAMES)
     assert torch.equal(head, rows(OWN))
-    assert "of other classes (a, b, c, d, e, f, ...); it is kept as a start" in said[0]
+    assert "has other classes (a, b, c, d, e, f, ...); it is kept as an initialisation" in said[0]
     head, said = fitted(["f", "b"], NAMES)  # a new head
     assert (len(head), said) == (2, [])
 
@@ -154,4 +154,4 @@ def test_a_published_head_of_other_classes_is_told():
     wnids = list(imagenet1k())
     for names in (wnids, wnids[:100], ["zoo", *wnids[1:]]):
         tell_of_published_head(NAME, Classes("DATA", len(names), names), said.append)
-    assert said == [f"note: the head of {NAME} is of ImageNet's classes, not of DATA; it is kept as a start"]
+    assert said == [f"note: the head of {NAME} has ImageNet's classes, not DATA's; it is kept as an initialisation"]

@@ -147,7 +147,7 @@ def test_a_folder_is_the_same_by_its_path(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["hf-hub:", "local-dir:", "s3:me/tiny", "me/tiny", "./model", "http://host/x"])
 def test_what_is_no_name_of_a_model_says_how_one_looks(name):
-    with pytest.raises(UserError, match=r"is no name of a model.*hf-hub:OWNER/NAME.*local-dir:DIR"):
+    with pytest.raises(UserError, match=r"is not a model name.*hf-hub:OWNER/NAME.*local-dir:DIR"):
         source_of(name)
 
 
@@ -156,10 +156,10 @@ def test_what_is_no_name_of_a_model_says_how_one_looks(name):
     [
         ("{", "cannot be read"),
         ("[]", "names no `architecture`"),
-        ('{"model_type": "vit"}', "of the library transformers"),
+        ('{"model_type": "vit"}', "for the library transformers"),
         ('{"architecture": "vit_tinny_patch16_224"}', "Did you mean vit_tiny_patch16_224"),
         ('{"architecture": "vit_tiny_patch16_224", "model_args": []}', None),
-        ('{"architecture": "vit_tiny_patch16_224", "model_args": [1]}', "are no tables"),
+        ('{"architecture": "vit_tiny_patch16_224", "model_args": [1]}', "must be tables"),
     ],
 )
 def test_a_config_of_another_kind_is_refused(folder, content, said):
@@ -201,7 +201,7 @@ def test_folders_that_are_none_say_what_to_give(folder, tmp_path):
         with pytest.raises(UserError, match=said):
             find_model(f"local-dir:{tmp_path / name}")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(UserError, match=r"no weights beside its config\.json.*leave --pretrained out"):
+    with pytest.raises(UserError, match=r"no weights beside its config\.json.*leave out --pretrained"):
         find_model(f"local-dir:{folder}").weights()
 
 
@@ -220,7 +220,7 @@ def answer(kind: str, status: int) -> Exception:
         (answer("RepositoryNotFoundError", 401), r"me/tiny is not on the hub, or is private.*hf auth login"),
         (answer("GatedRepoError", 403), r"is gated: ask for access on https://huggingface\.co/me/tiny"),
         (answer("RevisionNotFoundError", 404), "not in that revision"),
-        (answer("RemoteEntryNotFoundError", 404), r"has no config\.json, so it is no model of timm"),
+        (answer("RemoteEntryNotFoundError", 404), r"has no config\.json, so it is not a timm model"),
         (answer("HfHubHTTPError", 401), "not on the hub, or is private"),
         (answer("HfHubHTTPError", 503), r"an error of its own \(503\)"),
         (ConnectionError("reset"), "cannot be reached"),
@@ -285,7 +285,7 @@ OF_THE_HUB = "ETag: 0123", f"X-Repo-Commit: {COMMIT}"
     [
         (b"\x00\x01 garbage\r\n\r\n", "what answers is not the Hugging Face hub"),
         (http(200, body=b"<html>log in</html>"), "what answers is not the Hugging Face hub"),
-        (http(200, *OF_THE_HUB, body=b"<!DOCTYPE html>"), r"its config\.json is a web page.* It is not kept"),
+        (http(200, *OF_THE_HUB, body=b"<!DOCTYPE html>"), r"its config\.json a web page was received.* It was deleted"),
         (http(302, "Location: /login"), "what answers is not the Hugging Face hub"),
         (http(401), "is private and you have no token"),
         (http(403), "is private and you have no token"),
@@ -307,9 +307,9 @@ def test_what_a_server_answers_becomes_a_line(answers, tmp_path, capfd, content,
 def test_weights_that_a_run_keeps_are_of_its_model(folder):
     source = f"local-dir:{folder}"
     assert find_kept(source, f"{ARCHITECTURE}.augreg_in21k").source == source
-    with pytest.raises(UserError, match=rf"is of {ARCHITECTURE}, and not of --model resnet18.*Take model-from out"):
+    with pytest.raises(UserError, match=rf"is a {ARCHITECTURE}, not --model resnet18.*Remove model-from"):
         find_kept(source, "resnet18")
-    with pytest.raises(UserError, match=r"--model-from local-dir:nowhere: .* Take model-from out"):
+    with pytest.raises(UserError, match=r"--model-from local-dir:nowhere: .* Remove model-from"):
         find_kept("local-dir:nowhere", ARCHITECTURE)
 
 

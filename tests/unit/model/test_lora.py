@@ -145,9 +145,9 @@ def test_both_heads_of_a_distilled_model_are_trained():
 def test_adapters_that_a_file_does_not_tell_of_are_refused(change: Any, why: str):
     state = dict(adapted().state_dict())
     change(state)
-    with pytest.raises(UserError, match=f"it: {why}.*unlike its `{KEY}`"):
+    with pytest.raises(UserError, match=f"it: {why}.*and its `{KEY}` differ"):
         merged(state, LORA, "it")
-    with pytest.raises(UserError, match=rf"it has adapters \(.*and no `{KEY}` that tells their scale"):
+    with pytest.raises(UserError, match=rf"it has adapters \(.*but no `{KEY}` with their scale"):
         merged(state, None, "it")
 
 
@@ -165,7 +165,7 @@ def test_adapters_that_a_file_does_not_tell_of_are_refused(change: Any, why: str
     ],
 )
 def test_what_tells_of_no_adapters_is_refused(told: Any):
-    with pytest.raises(UserError, match=r"it is damaged: its `lora` does not tell rank, alpha and layers"):
+    with pytest.raises(UserError, match=r"it is damaged: its `lora` lacks the rank, alpha or layers"):
         Lora.of_content(told, "it")
 
 

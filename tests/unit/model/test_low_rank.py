@@ -112,7 +112,7 @@ def test_every_form_of_file_rebuilds_the_model(tmp_path: Path, form: str, parts:
     load_initial(other, path, NAME, said.append)
     assert ranks_of(other) == dict.fromkeys(LAYERS, 4)
     assert torch.equal(logits(other), logits(model))
-    assert said == [f"initial weights: those of {path}, 2 layers in factors"]
+    assert said == [f"initial weights: those of {path}, 2 factorised layers"]
 
 
 def wrong_rank(content: dict[str, Any]) -> None:
@@ -152,12 +152,12 @@ def of_another_width(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (wrong_rank, r"rank 5 for blocks.1.mlp.fc1, whose factors have rank 4"),
-        (unknown_name, r"has no factors of blocks.7.mlp.fc1"),
-        (one_untold, r"tells no rank of blocks.1.mlp.fc1"),
-        (no_ranks_at_all, r"its `lowrank_ranks` is \[4, 4\], where names of layers and their ranks belong"),
-        (cut_factor, r"has no factors of blocks.1.mlp.fc1"),
-        (lost_factor, r"has no factors of blocks.1.mlp.fc1"),
+        (wrong_rank, r"rank 5 for blocks.1.mlp.fc1, but the factors have rank 4"),
+        (unknown_name, r"lists a rank but has no factors for blocks.7.mlp.fc1"),
+        (one_untold, r"has factors but lists no rank for blocks.1.mlp.fc1"),
+        (no_ranks_at_all, r"its `lowrank_ranks` is \[4, 4\], not a rank for each layer name"),
+        (cut_factor, r"lists a rank but has no factors for blocks.1.mlp.fc1"),
+        (lost_factor, r"lists a rank but has no factors for blocks.1.mlp.fc1"),
         (untold_lost_factor, r"are missing \(blocks.1.mlp.fc1.weight\).*unknown here \(blocks.1.mlp.fc1.down\)"),
         (of_another_width, r"saved from vit_small.*blocks.1.mlp.fc1.down is \(4, 48\) there, \(4, 24\) here"),
     ],

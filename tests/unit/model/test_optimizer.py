@@ -180,7 +180,10 @@ def test_least_factor_of_layer_decay_is_timms():
         (Optim(opt="adamw", opt_kwargs=("lr=1",)), "--opt-kwargs lr=1: give it as --lr"),
         (Optim(opt="adamw", opt_kwargs=("nonsense=1",)), "--opt adamw cannot be made: .*nonsense"),
         (Optim(opt="adan", opt_betas=(0.9, 0.9)), "--opt adan cannot be made: "),
-        (Optim(opt="adamwlegacy", opt_betas=(0.9, 0.9, 0.9)), "--opt-betas 0.9 0.9 0.9 are not those of --opt adamwl"),
+        (
+            Optim(opt="adamwlegacy", opt_betas=(0.9, 0.9, 0.9)),
+            "--opt-betas 0.9 0.9 0.9: --opt adamwlegacy takes another number",
+        ),
     ],
 )
 def test_an_optimizer_that_cannot_be_made_is_found_out_without_the_model(optim, said):

@@ -139,7 +139,7 @@ def test_a_file_may_hold_an_ema_alone(tmp_path):
     checkpoint = read_checkpoint(tmp_path / "w.pth")
     assert same(checkpoint.weights_to_start_from()[0], EMA)
     assert checkpoint.num_outputs(("head",)) == 7
-    with pytest.raises(UserError, match=r"EMA weights alone\. Add --use-ema"):
+    with pytest.raises(UserError, match=r"has only EMA weights\. Add --use-ema"):
         checkpoint.weights(use_ema=False)
 
 
@@ -184,7 +184,7 @@ def test_round_trip(tmp_path):
     checkpoint = read_checkpoint(tmp_path / "last.pth.tar")
     assert (checkpoint.arch, checkpoint.epoch, checkpoint.args) == ("m", 4, {"lr": 0.1})
     assert torch.equal(checkpoint.weights(use_ema=False)["w"], torch.arange(3.0))
-    with pytest.raises(UserError, match="holds no EMA"):
+    with pytest.raises(UserError, match="has no EMA"):
         checkpoint.weights(use_ema=True)
     with pytest.raises(UserError, match="lacks `optimizer`"):
         checkpoint.training_state("optimizer")
@@ -268,7 +268,7 @@ def test_a_flipped_bit_anywhere_changes_nothing_or_is_told(tmp_path):
     assert told > 100  # the others are in names and padding that nothing reads
     start = whole.find(numbers.numpy().tobytes())
     flipped(path, whole, 8 * start + 40)
-    with pytest.raises(UserError, match=r"its part `archive/data/0` has other bytes than were written"):
+    with pytest.raises(UserError, match=r"the checksum of its part `archive/data/0` is wrong"):
         read_checkpoint(path)
 
 
@@ -320,7 +320,10 @@ def test_a_model_that_is_called_module_keeps_its_name(tmp_path):
     [
         ({"head.weight": torch.eye(7, 32).to_sparse()}, r"`head.weight` is a sparse_coo tensor"),
         ({"head.weight": torch.zeros(7, 32, dtype=torch.complex64)}, r"`head.weight` is a tensor of complex64"),
-        ({"module.head.weight": torch.zeros(7, 32)}, r"holds `head.weight` and `module.head.weight`, which are one"),
+        (
+            {"module.head.weight": torch.zeros(7, 32)},
+            r"has `head.weight` and `module.head.weight`, which are the same tensor",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about sparse tensors
@@ -332,7 +335,7 @@ def test_tensors_that_are_no_weights_are_named(tmp_path, odd, message):
 
 def test_whole_numbers_are_no_weights(tmp_path):
     torch.save({"model": {**OWN, "head.weight": OWN["head.weight"].to(torch.int8)}}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"1 are of another type \(head.weight is torch.int8\)"):
+    with pytest.raises(UserError, match=r"1 have another dtype \(head.weight is torch.int8\)"):
         load_initial(create_model(NAME, 7, img_size=32, model_kwargs=KWARGS), tmp_path / "w.pth", NAME, print)
 
 
@@ -359,7 +362,9 @@ def test_two_files_of_one_model_are_compared_whatever_their_forms(tmp_path):
 )
 def test_mistyped_flags_of_a_run_are_named(tmp_path, args):
     torch.save({"arch": NAME, "state_dict": OWN, "class_names": None, "args": args}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=rf"w.pth is damaged .* for --{next(iter(args))}, which takes no such value"):
+    with pytest.raises(
+        UserError, match=rf"w.pth is damaged .* for --{next(iter(args))}, which does not take this value"
+    ):
         load_scorer(ModelOptions(tmp_path / "w.pth"), CPU)
 
 
@@ -374,14 +379,14 @@ def test_damaged_files_are_refused(tmp_path, content, suffix):
 
 def test_files_without_weights_missing_files_and_folders_are_refused(tmp_path):
     torch.save({"teacher": {"w": torch.zeros(1)}, "epoch": 3}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"Checkpoint .*other.pth holds no `state_dict`.*but teacher, epoch\."):
+    with pytest.raises(UserError, match=r"Checkpoint .*other.pth has no `state_dict`.*has teacher, epoch\."):
         read_checkpoint(tmp_path / "other.pth")
     torch.save([3], tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"holds no `state_dict`"):
+    with pytest.raises(UserError, match=r"has no `state_dict`"):
         read_checkpoint(tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"--pretrained-path .*absent.pth does not exist"):
         read_checkpoint(tmp_path / "absent.pth", "--pretrained-path")
-    with pytest.raises(UserError, match=r"is no file. That folder has: .*other.pth"):
+    with pytest.raises(UserError, match=r"is not a file. That folder has: .*other.pth"):
         read_checkpoint(tmp_path)
 
 
@@ -396,7 +401,7 @@ def test_files_of_other_kinds_are_told_what_takes_them(tmp_path):
         with pytest.raises(UserError, match=f"{name} cannot be read: it holds no weights, but .*{where}"):
             read_checkpoint(tmp_path / name)
     torch.save({"update": 3, "weights": {"a": torch.ones(1)}, "before": None}, tmp_path / "weights_00000003.pth")
-    with pytest.raises(UserError, match="is what the spectral monitor keeps beside a checkpoint"):
+    with pytest.raises(UserError, match="is the spectral monitor's own file beside a checkpoint"):
         read_checkpoint(tmp_path / "weights_00000003.pth")
 
 
@@ -415,7 +420,7 @@ def test_an_ema_that_is_no_state_dict_is_none(tmp_path, ema):
     assert not checkpoint.has_ema
     weights, is_ema = checkpoint.weights_to_start_from()
     assert (same(weights, OWN), is_ema) == (True, False)
-    with pytest.raises(UserError, match="holds no EMA weights"):
+    with pytest.raises(UserError, match="has no EMA weights"):
         checkpoint.weights(use_ema=True)
 
 

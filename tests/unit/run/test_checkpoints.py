@@ -196,7 +196,7 @@ def test_a_state_that_is_not_finite_takes_no_files_place(tmp_path):
         writer.close()
     assert {path.name: value(path) for path in tmp_path.iterdir()} == {"checkpoint-0.pth.tar": 1.0, LAST: 1.0}
     assert len(said) == 1
-    assert f"{tmp_path / LAST} is the one before" in said[0]
+    assert f"{tmp_path / LAST} has the state before" in said[0]
     assert "goes on" not in said[0]
 
 
@@ -221,7 +221,7 @@ def test_nothing_of_the_monitors_files_costs_a_checkpoint(tmp_path, monkeypatch,
     assert value(tmp_path / LAST) == 1.0
     reason = error.strerror if error else f"{tmp_path / 'spectra'} is a file: move it away"
     assert said == [
-        "warning: what the spectral monitor needs after an interruption could not be kept in "
+        "warning: the spectral monitor's state, needed after an interruption, could not be written to "
         f"{tmp_path / 'spectra'} ({reason}); checkpoints are not affected"
     ]
 

@@ -156,7 +156,7 @@ def test_without_a_working_directory_and_a_home_the_rest_is_told(tmp_path, monke
     told = [text for lines in page.values() for text in lines.values()]
     assert [text for text in told if text.startswith("failed") or str(tmp_path) in text] == []
     assert page["output"]["file system"].endswith(", of the nearest folder above")
-    assert page["machine"]["working directory"] == "it is not there any more"
+    assert page["machine"]["working directory"] == "it does not exist any more"
 
 
 def test_file_systems_that_do_not_answer_end_no_page(tmp_path, monkeypatch):

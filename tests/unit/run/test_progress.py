@@ -117,7 +117,7 @@ def test_a_reader_that_goes_away_is_told_once_on_stderr(capsys, monkeypatch):
         display.say("a")
         display.say("b")
     assert capsys.readouterr().err.splitlines() == [
-        "note: nobody reads the output any more; training goes on, and its files keep all"
+        "note: nobody reads the output any more; training goes on, and its files have all"
     ]
 
 

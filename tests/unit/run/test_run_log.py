@@ -85,9 +85,9 @@ def test_a_directory_is_taken_over_unless_it_holds_a_checkpoint_other_files_or_a
     first.close()
     RunDir.require_free(tmp_path, "run")
     RunDir.create(tmp_path, "run", "x").close()
-    assert f"{run} holds an attempt that ended before its first checkpoint" in capsys.readouterr().out
+    assert f"{run} has an attempt that ended before its first checkpoint" in capsys.readouterr().out
     assert sorted(path.name for path in run.iterdir()) == [".lock", "args.yaml"]
-    for name, said in (("thesis.txt", "thesis.txt is no file of a run"), ("last.pth.tar", "--resume .*last")):
+    for name, said in (("thesis.txt", "thesis.txt is not a run's file"), ("last.pth.tar", "--resume .*last")):
         (run / name).write_text("precious")
         with pytest.raises(UserError, match=f"is in use: .*{said}"):
             RunDir.require_free(tmp_path, "run")
@@ -128,7 +128,7 @@ def test_what_was_made_of_a_dead_attempt_goes_with_it(is_link, tmp_path):
     ],
 )
 def test_a_run_whose_checkpoints_were_moved_away_keeps_its_records(name, text, tmp_path):
-    said = f"run is in use: it holds no checkpoint any more, but {name} has the scores"
+    said = f"run is in use: it has no checkpoint any more, but {name} has the scores"
     RunDir.create(tmp_path, "run", "x").close()
     (tmp_path / "run" / name).write_text(text)
     for look in (RunDir.require_free, lambda output, name: RunDir.create(output, name, "x")):
@@ -143,7 +143,7 @@ def test_a_run_whose_checkpoints_were_moved_away_keeps_its_records(name, text, t
 def test_the_link_to_the_newest_run_is_no_name_for_one(tmp_path):
     RunDir.create(tmp_path, "run", "x").close()
     for look in (RunDir.require_free, lambda output, name: RunDir.create(output, name, "x")):
-        with pytest.raises(UserError, match="--experiment latest: that is the name of the link to the newest run"):
+        with pytest.raises(UserError, match="--experiment latest: this is the name of the link to the latest run"):
             look(tmp_path, "latest")
     assert (tmp_path / "latest").resolve() == tmp_path / "run"
 

@@ -233,11 +233,11 @@ def test_a_rank_that_sees_another_file_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(World, "from_first", lambda self, value: next(given))
     monkeypatch.setattr(World, "gather_on_first", lambda self, value: None)
     monkeypatch.setattr(World, "gather", lambda self, value: [value])
-    with pytest.raises(UserError, match=r"On .*last\.pth\.tar does not exist.* Rank 0 has read .* that all nodes see"):
+    with pytest.raises(UserError, match=r"On .*last\.pth\.tar does not exist.* Rank 0 could read .* all nodes share"):
         find_start(config, World(rank=1, size=2))
     size = save(tmp_path / "last.pth.tar", 11).stat().st_size
     given = iter([[], (config.run.resume, None), (size, 12)])
-    with pytest.raises(UserError, match=rf"is not the file .* \({size}, 11\), there \({size}, 12\)"):
+    with pytest.raises(UserError, match=rf"is not the file .* \({size}, 11\) here and \({size}, 12\)"):
         find_start(config, World(rank=1, size=2))
 
 

@@ -53,7 +53,7 @@ def test_where_training_has_no_memory_it_is_said_what_resident_sets_take():
     out = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB")
     train, val, decoding = (cast(Loader, SimpleNamespace(resident_bytes=n)) for n in (19_000_000_000, 10**9, 0))
     found = (
-        r"^CUDA out of memory\. Decoded images take 20\.0 GB of the GPU's memory: --loader dali leaves that to training"
+        r"^CUDA out of memory\. Decoded images take 20\.0 GB of the GPU's memory: Free that memory with --loader dali"
     )
     with pytest.raises(UserError, match=found), room_beside(train, val):
         raise out

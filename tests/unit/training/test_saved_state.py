@@ -113,31 +113,31 @@ def test_whatever_stands_anywhere_else_is_taken_or_told(run):
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("progress",), 3, r"cannot be resumed: it lacks `progress`, since it is .* a part is gone"),
-        (("progress", "epoch"), "1", r"its `progress` has '1' for `epoch`, where a whole number, 0 or more belongs"),
+        (("progress",), 3, r"cannot be resumed: it lacks `progress`, since it is .* a part missing"),
+        (("progress", "epoch"), "1", r"its `progress` has '1' for `epoch`, but a whole number, 0 or more is expected"),
         (("progress", "epoch"), True, r"its `progress` has True for `epoch`"),
-        (("progress", "epoch"), 1, r"its counts contradict one another: 3 updates, and 1 epochs of 89 with 3 more"),
+        (("progress", "epoch"), 1, r"its counts contradict each other: 3 updates, but 1 epochs of 89 and 3 more"),
         (("progress", "updates_done"), 10**30, r"contradict"),
-        (("progress", "loss_sum"), float("nan"), r"its `progress` has nan for `loss_sum`, where a finite number"),
-        (("progress", "new"), 1, r"its `progress` holds 'new', which is not known here"),
+        (("progress", "loss_sum"), float("nan"), r"its `progress` has nan for `loss_sum`, but a finite number"),
+        (("progress", "new"), 1, r"its `progress` has the unknown entry 'new'"),
         (("progress", "kept"), [1, 2], r"its `progress` has \[1, 2\] for `kept`"),
         (("step", "num_updates"), -3, r"its `step` has -3 for `num_updates`"),
         (
             ("step", "meter", "sums"),
             torch.zeros(2),
-            r"a tensor of float32, \(2,\) for `sums`, where two finite numbers",
+            r"a tensor of float32, \(2,\) for `sums`, but two finite numbers",
         ),
         (("step", "meter", "lrs"), {}, r"0 of them logged and 0 not"),
         (("step", "scaler"), {"scale": 1.0}, r"its `step.scaler` lacks `growth_factor`"),
-        (("data", "update"), 2, r"its data are at epoch 0, update 2, and the run at 0, 3"),
+        (("data", "update"), 2, r"its data are at epoch 0, update 2, but the run is at 0, 3"),
         (("data", "seed"), 1.5, r"its `data` has 1.5 for `seed`"),
-        (("args", "smoothing"), "x", r"its `args` has 'x' for --smoothing, which takes no such value"),
+        (("args", "smoothing"), "x", r"its `args` has 'x' for --smoothing, which does not take this value"),
         (("args", "smoothing"), torch.zeros(2), r"its `args` has a tensor of float32, \(2,\) for --smoothing"),
-        (("class_names",), "cats", r"its `class_names` is 'cats', where a list of names belongs"),
+        (("class_names",), "cats", r"its `class_names` is 'cats', not a list of names"),
         (
             ("state_dict", "head.bias"),
             torch.full((10,), torch.nan),
-            r"its `state_dict` has values that are no numbers, in head.bias",
+            r"its `state_dict` has NaN values in head.bias",
         ),
         (("optimizer", "state"), {}, r"its optimizer lacks the `step` of a parameter of shape"),
         (
@@ -150,7 +150,7 @@ def test_whatever_stands_anywhere_else_is_taken_or_told(run):
         (
             ("optimizer", "param_groups"),
             [],
-            r"was saved with another optimizer, or is damaged: its groups are of other",
+            r"was saved with another optimizer, or is damaged: its groups have other",
         ),
     ],
 )
@@ -226,8 +226,8 @@ def test_every_optimizers_own_state_is_taken(digits_dir, tmp_path, opt):
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        ({"w": torch.ones(2)}, "a file of weights alone"),
-        ({"state_dict": {"w": torch.ones(2)}}, "a file of weights alone"),
+        ({"w": torch.ones(2)}, "a file with weights only"),
+        ({"state_dict": {"w": torch.ones(2)}}, "a file with weights only"),
         (
             {"model": {"w": torch.ones(2)}, "optimizer": {}, "epoch": 3},
             r"a checkpoint of another program \(its optimizer, epoch are",
@@ -239,5 +239,7 @@ def test_what_is_no_runs_checkpoint_is_told_which_flag_takes_it(tmp_path, conten
     message = rf"it lacks `.*`, since it is {kind}.*--initial-checkpoint .*w.pth, or with --pretrained-path .*w.pth"
     with pytest.raises(UserError, match=message):
         as_resumed(Config(), read_checkpoint(tmp_path / "w.pth"), silent)
-    with pytest.raises(UserError, match=r"it is Google's arrays. Start anew from its weights with --pretrained-path"):
+    with pytest.raises(
+        UserError, match=r"it is Google's arrays. .* start a new run from these weights with --pretrained-path"
+    ):
         as_resumed(Config(), Checkpoint(tmp_path / "w.npz", {}, is_npz=True), silent)

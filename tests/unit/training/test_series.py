@@ -119,7 +119,7 @@ def _stop_child(ready: Path, _: Path) -> None:
 def test_what_a_later_run_cannot_have_is_said_before_the_first_begins(train: Train, tmp_path: Path) -> None:
     (tmp_path / "s-seed2").mkdir()
     (tmp_path / "s-seed2" / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"s-seed2 is in use: thesis.tex is no file of a run"):
+    with pytest.raises(UserError, match=r"s-seed2 is in use: thesis.tex is not a run's file"):
         train()
     (tmp_path / "s-seed2" / "thesis.tex").unlink()
     held = lock_folder(tmp_path / "s-seed2")

@@ -279,9 +279,7 @@ def test_the_host_reads_no_number_in_an_update(parts):
 
 def test_what_it_does_is_said():
     found, _ = regulariser("--reg-nuclear 0.1 --spectral-clip 2 --reg-coupled", TinyModel())
-    expected = (
-        "4 matrices regularised every 10 updates: nuclear norm 0.1, with the loss's gradients; values clipped to 2.0"
-    )
+    expected = "4 matrices regularised every 10 updates: nuclear norm 0.1, coupled; singular values clipped at 2.0"
     assert found.in_words() == expected
 
 
@@ -294,7 +292,7 @@ def test_frozen_and_unknown_targets_are_refused():
         Regulariser(of_low_rank, model, torch.optim.SGD(model.parameters(), lr=0.5))
     for parameter in model.blocks.parameters():
         parameter.requires_grad_(False)
-    with pytest.raises(UserError, match="No weight that --reg-targets names is trained"):
+    with pytest.raises(UserError, match="None of the weights that --reg-targets names is trained"):
         regulariser("--reg-nuclear 0.1", model)
 
 

@@ -91,7 +91,7 @@ def test_what_has_settled_acts_at_the_next_refresh_and_not_before():
     seen = told(one)
     assert [event["update"] for event in seen["switch"]] == [6, 10]
     assert [event["seen"] for event in seen["evidence"]] == [0, 4, 8]
-    assert seen["used-up"][0]["line"].startswith("low rank: that was switch 2 of --lowrank-switches 2")
+    assert seen["used-up"][0]["line"].startswith("low rank: this was switch 2 of --lowrank-switches 2")
     assert "2 layers from full rank to rank 3" in seen["switch"][0]["line"]
     assert seen["switch"][0]["layers"]["blocks.0.fc1"]["streak"] == 2
     assert not one.events()
@@ -121,7 +121,7 @@ def test_weights_that_are_no_numbers_stay_whole_and_training_goes_on(options: Lo
     assert go(one, range(7)) == []
     assert not one.at_epoch(1, 7)
     refused = told(one)["refused"]
-    assert all("no layer is put in factors at update" in event["line"] for event in refused)
+    assert all("no layer is factorised at update" in event["line"] for event in refused)
     assert all("Training goes on" in event["line"] for event in refused)
     assert "NaN" in refused[0]["why"]
     after = one.model.state_dict()
@@ -139,14 +139,14 @@ def test_what_cannot_be_looked_at_is_said_and_the_next_refresh_counts():
     assert go(one, range(4), fails) == []
     assert go(one, range(4, 15)) == [10, 14]
     (refused,) = told(one)["refused"]
-    assert "the refresh of update 0 could not be judged: AssertionError" in refused["line"]
+    assert "the refresh at update 0 could not be judged: AssertionError" in refused["line"]
 
 
 def test_at_the_last_update_nothing_is_switched():
     one = training(EVIDENCE, span=Span(4, 6))
     assert go(one, range(7)) == []
     (refused,) = told(one)["refused"]
-    assert refused["why"] == "2 have settled, but no update is left to train them in factors"
+    assert refused["why"] == "2 have settled, but no update is left to train their factors"
 
 
 def test_a_schedule_switches_whatever_has_settled_and_what_has_settled_switches_nothing():
@@ -176,7 +176,7 @@ def test_a_later_budget_that_changes_nothing_is_said():
     before = ranks_of(one.model)
     assert not one.at_epoch(3, 36)
     assert ranks_of(one.model) == before
-    assert told(one)["refused"][0]["why"] == "no layer would be smaller with a budget of 0.57"
+    assert told(one)["refused"][0]["why"] == "a budget of 0.57 makes no layer smaller"
 
 
 @pytest.mark.parametrize("options", [EVIDENCE, SCHEDULED, replace(EVIDENCE, lowrank_train="kfac", lowrank_budget=0.7)])
@@ -204,7 +204,7 @@ def test_a_dry_run_tells_the_same_and_changes_nothing(options: LowRank):
     assert "earlier dry switches" not in only_told[0]["line"]
     if len(only_told) > 1:
         assert only_told[1]["parameters_before"] == only_told[0]["parameters"]
-        assert re.search(r"with the [2-4] of earlier dry switches in factors", only_told[1]["line"])
+        assert re.search(r"with the [2-4] of earlier dry switches factorised", only_told[1]["line"])
 
 
 def test_what_has_settled_waits_for_enough_and_no_longer_counts_where_it_turns_meanwhile():

@@ -44,7 +44,7 @@ def test_mp_keeps_nothing_below_the_edge_and_the_budgets_rank_where_nothing_is_a
     model, lines = torch.nn.ModuleDict(layers), list[str]()
     planner = Planner(LowRank(lowrank_train="mp"), list, 4, 0)
     assert planner.ranks(model, costs, 0.5, lines.append)[0]["noise"] == greedy["noise"]
-    assert lines == ["no value above the Marchenko-Pastur edge, so the budget alone says the rank: noise"]
+    assert lines == ["no value above the Marchenko-Pastur edge, so the budget alone sets the rank: noise"]
 
 
 def test_a_copy_has_layers_in_factors_as_one_and_shares_nothing():

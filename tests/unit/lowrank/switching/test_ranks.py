@@ -102,7 +102,7 @@ def test_a_refresh_that_fails_on_one_rank_is_refused_on_both_which_go_on_and_sav
     assert first[0] == []
     refused = first[4]["refused"]
     assert refused[0]["update"] == 6
-    assert "the refresh of update 4 could not be judged" in refused[0]["why"]
+    assert "the refresh at update 4 could not be judged" in refused[0]["why"]
     assert why in refused[0]["why"]
     assert ("rank 1" in refused[0]["why"]) == (failing == 1)
     if kind == "no worker":  # which none can bring back

@@ -58,7 +58,7 @@ def test_the_factors_are_numpys_truncated_svd_evenly_shared_at_a_share_that_is_n
     assert all(torch.equal(biases[name], tensor) for name, tensor in model.state_dict().items() if name in biases)
     ranks = sorted(set(ranks_of(model).values()))
     assert line == (
-        f"--lowrank-init {share:g}: 8 layers in factors of rank {ranks[0]} to {ranks[-1]}: {of_layers:,} of their "
+        f"--lowrank-init {share:g}: 8 layers factorised at rank {ranks[0]} to {ranks[-1]}: {of_layers:,} of their "
         f"{of_targets:,} parameters ({of_layers / of_targets:.1%})"
     )
 
@@ -106,7 +106,7 @@ def test_what_no_ranks_fit_is_refused_before_and_when_it_is_done():
         check_share(vit(), 0.1, "attn.qvk")
     model = vit()
     start_in_factors(model, 0.3, TARGETS, say=silent)
-    with pytest.raises(UserError, match="in factors already"):
+    with pytest.raises(UserError, match="factorised already"):
         start_in_factors(model, 0.1, TARGETS, say=silent)
     model = vit()
     model.get_submodule("blocks.1.mlp").fc1 = model.get_submodule("blocks.0.mlp.fc1")
@@ -126,36 +126,36 @@ def test_adapters_stand_beside_what_may_have_them_and_their_scale_is_one_unless_
     lora = lora_of(model)
     assert lora is not None
     assert (lora.rank, lora.scale, len(lora.layers)) == (3, 1.0, 7)
-    assert said == ["note: left as it is: blocks.0.mlp.fc1: hooks are on it"]
+    assert said == ["note: left unchanged: blocks.0.mlp.fc1: it has hooks"]
     (line,) = adapters_in_words(model)
     rows = 3 * ((72 + 24) + (24 + 24) + (24 + 96) + (96 + 24)) * 2 - 3 * (24 + 96)
-    assert f"--lora 3: adapters beside 7 layers, times 1: {rows:,} parameters of theirs and 75 of the head" in line
+    assert f"adapters beside 7 layers, scaled by 1: {rows:,} parameters of the adapters and 75 of the head" in line
     assert not adapters_in_words(vit())
 
 
 @pytest.mark.parametrize("patterns", ["patch_embed.proj", "patch_embed.proj,mlp.fc1"])
 def test_what_is_asked_for_is_what_is_spoken_of(patterns: str):
     """Of convolutions alone it is refused before any data are opened; beside others they are named, and left."""
-    kind = "patch_embed.proj: of class Conv2d, and only Linear"
+    kind = "patch_embed.proj: of class Conv2d; only Linear"
     for check, start, can, only in (
         (
             lambda model: check_share(model, 0.3, patterns),
             lambda model, say: start_in_factors(model, 0.3, patterns, say=say),
-            "be put in factors",
-            "is put in factors",
+            "be factorised",
+            "can be factorised",
         ),
         (
             lambda model: check_adapters(model, 2, patterns),
             lambda model, say: start_with_adapters(model, 2, None, 0.0, patterns, say=say),
             "have adapters",
-            "has adapters",
+            "can have adapters",
         ),
     ):
         said: list[str] = []
         if "," in patterns:
             check(vit())
             start(vit(), said.append)
-            assert said == [f"note: left as it is: {kind} {only}"]
+            assert said == [f"note: left unchanged: {kind} {only}"]
             continue
         for refused in (check, lambda model, start=start: start(model, silent)):
             with pytest.raises(UserError, match=f"No layer that --lowrank-targets names can {can}. {kind} {only}"):
@@ -175,7 +175,7 @@ def test_a_layer_whose_weight_the_model_reads_itself_would_not_see_an_adapter():
 
 def test_adapters_that_no_layer_can_have_are_refused_before_and_when_they_are_made():
     for rank, patterns, why in (
-        (25, TARGETS, r"--lora 25 is above the rank of blocks\.0\.attn\.qkv, 72 x 24: 24 at most"),
+        (25, TARGETS, r"--lora 25 is too large for blocks\.0\.attn\.qkv, 72 x 24: its rank is 24 at most"),
         (2, "head", "head is the classifier, which is trained whole. Leave it out of --lowrank-targets"),
         (2, "attn.qvk", "'attn.qvk' matches no"),
     ):
@@ -186,5 +186,5 @@ def test_adapters_that_no_layer_can_have_are_refused_before_and_when_they_are_ma
             start_with_adapters(model, rank, None, 0.0, patterns, say=silent)
         assert lora_of(model) is None
     start_in_factors(model := vit(), 0.3, TARGETS, say=silent)
-    with pytest.raises(UserError, match="in factors already"):
+    with pytest.raises(UserError, match="factorised already"):
         start_with_adapters(model, 2, None, 0.0, TARGETS, say=silent)

@@ -65,7 +65,7 @@ def test_a_place_that_cannot_be_written_is_said_at_the_start(tmp_path):
     log.finish()
     (line,) = said
     assert line.startswith("warning: TensorBoard cannot be started (")
-    assert line.endswith("; training goes on without TensorBoard.")
+    assert line.endswith("; training goes on without it.")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

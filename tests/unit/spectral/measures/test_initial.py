@@ -124,7 +124,7 @@ def test_a_fresh_model_is_mended_where_that_is_asked_for(monkeypatch: pytest.Mon
     said: list[str] = []
     mended = make_model(parse(["--fix-init"]), 3, None, None, said.append)
     assert mended.get_parameter(f"{NAME}.weight")[3, 5].abs() < 1
-    assert "--fix-init has drawn anew" in said[0]
+    assert "--fix-init has redrawn" in said[0]
 
 
 @pytest.mark.parametrize("start", [["--pretrained"], ["--initial-checkpoint", "a"], ["--pretrained-path", "a"]])
