@@ -1,4 +1,4 @@
-"""Benchmarks: this project beside its peers, measured in one run. One module a bench, see `__main__.py`."""
+"""Benchmarks: this project beside its peers, measured in one run. Each bench is a module, see `__main__.py`."""
 
-# First, before anything heavy: it makes this process a command, where it is one.
+# First, before anything heavy: it sets up the process if it is a command.
 import lowrank_vit.common  # noqa: F401  # pyright: ignore[reportUnusedImport]

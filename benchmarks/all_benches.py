@@ -1,8 +1,8 @@
-"""The bench `all`: every bench, one after the other, and one table of what is to be reached.
+"""The bench `all`: every bench, one after the other, and one table of the ratios with their targets.
 
-On a CPU each has a process of its own, since torch, numba, DALI and FFCV keep threads and memory that would weigh on
-the next. On a GPU one process takes those that are in the short form, since compiling a step takes longer than all that
-is measured with it; a bench that hangs costs the process, and the next one gets a new one.
+On a CPU each bench has its own process, since torch, numba, DALI and FFCV keep threads and memory that would disturb
+the next. On a GPU the benches of the short form share one process, since compiling a step takes longer than all
+measurements of it. If a bench hangs, the process is ended and the next bench gets a new one.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from benchmarks.selection import BUDGET_MINUTES, LONGEST_S, NAMES, SELECTIONS, E
 from lowrank_vit.common.errors import UserError
 
 Start = Callable[[Sequence[str], Path, float], None]
-"""Runs the bench of these arguments, which writes its JSON to the file, for so many seconds at most. Raises `UserError`
-if it fails; a file that it has written all the same counts."""
+"""Runs the bench of these arguments, which writes its JSON to the file, for at most so many seconds. Raises `UserError`
+if it fails; a file that it has written still counts."""
 REHEARSED = 4
-"""So many times the limits of a GPU's benches is given to their rehearsal on a CPU, which may have to compile first."""
+"""Factor on the time limits for a rehearsal on a CPU, which may have to compile first."""
 LEAST_S = 5.0
-"""With less time left no bench is started."""
+"""No bench is started with less time left."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Options:
     """End the bench that is running by then, and start no other."""
 
     def entries(self, device: str, others: Sequence[str] = ()) -> dict[str, Entry]:
-        """The benches to run by name. Raises `UserError` for what cannot be; `others` are names that it tells, too."""
+        """The benches to run, by name. Raises `UserError` for wrong options; its message also names `others`."""
         if self.repeats is not None:
             check_repeats(self.repeats)
         if self.budget is not None and self.budget <= 0:
-            raise UserError(f"--budget is {self.budget:g}, expected some minutes.")
+            raise UserError(f"--budget is {self.budget:g}, expected minutes above 0.")
         there = SELECTIONS["cuda" if self.tiny else device]
         if self.tiny:
             there = {name: entry for name, entry in there.items() if entry.tiny is not None}
@@ -81,13 +81,13 @@ class Options:
                 raise UserError(f"--only {name} is not a bench. There are: {', '.join([*others, *NAMES])}.")
             if name not in there:
                 here = ", ".join([*others, *there])
-                raise UserError(f"--only {name} is no bench of this device's. Here are: {here}.")
+                raise UserError(f"--only {name} is not a bench for this device. There are: {here}.")
         if not names:
             raise UserError(f"--only names no bench. There are: {', '.join(there)}.")
         return {name: there[name] for name in names}
 
     def flags(self, entry: Entry, device: str) -> list[str]:
-        """Of one bench, behind its name."""
+        """The command-line flags of one bench."""
         flags = [*entry.flags, *((entry.tiny or ()) if self.tiny else entry.short if self.short else ())]
         if entry.has_device:
             flags += ["--device", device]
@@ -96,7 +96,7 @@ class Options:
         return flags
 
     def budget_s(self, device: str) -> float:
-        """For all benches together; infinite without --short and --budget."""
+        """Seconds for all benches together; infinite without --short and --budget."""
         minutes = self.budget or (
             BUDGET_MINUTES[device] if self.short else BUDGET_MINUTES["cpu"] if self.tiny else math.inf
         )
@@ -111,12 +111,12 @@ def run(
     before: Mapping[str, Any] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Result:
-    """Run them; cases and ratios are named BENCH/NAME, and the section `benches` holds each result whole.
+    """Run the benches; cases and ratios are named BENCH/NAME, and the section `benches` has each complete result.
 
-    A bench that fails in any way, hangs, or comes too late for --budget is in the section `failed` with the reason,
-    and the others go on. `start` runs one (by default in a process, see `Entry.shares`); `save` gets what there is
-    after each of them; `before` is the JSON of an earlier call, which these results are added to.
-    Raises `UserError` for wrong options.
+    A bench that fails, hangs, or comes too late for --budget is in the section `failed` with the reason, and the others
+    continue. `start` runs a bench (by default in a process, see `Entry.shares`); `save` gets the result so far after
+    each bench; `before` is the JSON of an earlier call, to which these results are added. Raises `UserError` for wrong
+    options.
     """
     from lowrank_vit.common.devices import pick_device
 
@@ -155,7 +155,7 @@ def run(
 
 
 def earlier(path: Path | None) -> dict[str, Any] | None:
-    """The result of an earlier `all`, to add to; None where there is no file. Raises `UserError` for another file."""
+    """The result of an earlier `all`, to add to; None if there is no file. Raises `UserError` for another file."""
     if path is None or not path.exists():
         return None
     try:
@@ -163,12 +163,12 @@ def earlier(path: Path | None) -> dict[str, Any] | None:
         if content["bench"] != "all" or not {"benches", "wanted", "seconds", "failed"} <= set(content):
             raise KeyError("bench")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--json {path} is no result of `all`, so nothing can be added to it. Give another.") from error
+        raise UserError(f"--json {path} is not a result of `all`, so nothing can be added to it. Change it.") from error
     return content
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A bench's JSON. Raises `UserError` if something of its schema is missing, `ValueError` if it is no JSON."""
+    """Read a bench's JSON. Raises `UserError` if part of its schema is missing, `ValueError` if it is not JSON."""
     content = json.loads(path.read_text(encoding="utf-8"))
     try:
         if not isinstance(content["environment"], dict):
@@ -176,17 +176,17 @@ def read_result(path: Path) -> dict[str, Any]:
         for section in ("cases", "ratios"):
             for one in content[section].values():
                 if not all(math.isfinite(figure) for figure in (one["median"], *one["samples"], one["samples"][0])):
-                    raise ValueError("a figure that is none")
+                    raise ValueError("a figure is not finite")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"its JSON is not that of a bench ({reason_of(error)}).") from error
     return content
 
 
 class Joined:
-    """What the benches have given so far."""
+    """The results of the benches so far."""
 
     def __init__(self, wanted: tuple[str, ...], device: str, before: Mapping[str, Any] | None = None) -> None:
-        """`before`: what an earlier call has given, unless that was on another type of device."""
+        """`before`: the result of an earlier call; it is ignored if it is of another type of device."""
         earlier = before if before and before.get("device") == device else {}
         self._wanted, self._device = tuple(dict.fromkeys([*earlier.get("wanted", ()), *wanted])), device
         self.results: dict[str, dict[str, Any]] = dict(earlier.get("benches", {}))
@@ -197,12 +197,12 @@ class Joined:
         self.form = "full"
 
     def forget(self, bench: str) -> None:
-        """What there is of a bench that is measured anew."""
+        """Remove the results of a bench that is measured again."""
         for of_bench in (self.results, self.failed, self.seconds):
             of_bench.pop(bench, None)
 
     def to_result(self) -> Result:
-        """As one result. Its peers are the benches' own, so that a peer that failed does not break `all` either."""
+        """Join them to one result. Peers of the benches are its peers, so a failed peer does not break `all` either."""
         verdicts = [
             {
                 "bench": verdict.aim.bench,
@@ -235,7 +235,7 @@ class Joined:
                 tuple(one["samples"]),
                 one.get("unit", ""),
                 str(result.get("settings", {}).get(name, "")),
-                tuple(one.get("cpu", ())),  # benches of before have none
+                tuple(one.get("cpu", ())),  # older results have none
             )
             for bench, result in self.results.items()
             for name, one in result[section].items()
@@ -243,10 +243,10 @@ class Joined:
 
 
 def print_summary(result: Result, console: Console) -> None:
-    """The peers' settings, ratios in a line each, and last, where it is seen: what is to be reached, time, failures."""
+    """Print the peers' settings, a line per ratio, and at the end, where it is seen, targets, time and failures."""
     extra = result.extra
     if settings := settings_of_peers(extra["benches"]):
-        console.print("how the others are set:")
+        console.print("settings of the peers:")
         print_remarks(settings.items(), console)
         console.print()
     verdicts = judge({bench: extra["benches"].get(bench, {}) for bench in extra["wanted"]}, extra["device"])
@@ -269,9 +269,9 @@ def print_summary(result: Result, console: Console) -> None:
 
 
 def settings_of_peers(benches: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """BENCH/CASE -> how it was set, of the peers' cases.
+    """The settings of the peers' cases, by BENCH/CASE.
 
-    Of a bench that compares (a ratio has "_vs_" in its name) and names no peers, all but its limits.
+    If a bench compares (a ratio has "_vs_" in its name) but names no peers, all its cases except limits count.
     """
     found = {}
     for bench, result in benches.items():

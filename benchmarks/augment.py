@@ -49,9 +49,9 @@ def dali_rand_augment(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Callable[[], Any]:
-    """A function that puts the uint8 crops through DALI's pipeline `batches` times; returns the last float32 batch.
+    """A function that runs the uint8 crops through DALI's pipeline `batches` times and returns the last float32 batch.
 
-    The crops lie on the device, as ours do; `mean` and `std` are of RGB in 0-1.
+    The crops are on the device, as ours are; `mean` and `std` are RGB values in 0-1.
     """
     from nvidia import dali
     from nvidia.dali.auto_aug import rand_augment
@@ -76,7 +76,7 @@ def dali_rand_augment(
         images = rand_augment.rand_augment(images, n=OPERATIONS, m=MAGNITUDE, fill_value=128)
         return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW", **scale)
 
-    # DALI's RandAugment uses names that DALI calls old; it shows that whatever the filters, so it is recorded.
+    # DALI's RandAugment uses deprecated names of DALI; the warnings ignore all filters, so they are recorded.
     with warnings.catch_warnings(record=True):
         pipeline: Any = graph()
         pipeline.build()
@@ -94,11 +94,11 @@ RECIPE = f"--aa {POLICY} --reprob {REPROB} --remode pixel"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STEP_MODEL = "vit_small_patch16_224"
 SIZES = {"cuda": (1024, 60), "cpu": (256, 8)}
-"""By device: images in a batch, and batches a round. On a GPU fewer would take no time worth measuring."""
+"""By device: images per batch, and batches per round. On a GPU fewer would be too fast to measure."""
 MAX_PHOTOS = 256
 """Different crops; a larger batch repeats them."""
 ROWS_A_TASK = 16
-"""Images that a process of timm's takes at a time: few, so that all of them end together."""
+"""Images that a timm process takes at a time: few, so that all processes end together."""
 _BY_DEVICE = "(default: by the device)"
 
 
@@ -123,7 +123,7 @@ class Options:
 
 
 class _Ours:
-    """Plan, operations, normalising and erasing of one batch after the other."""
+    """Plan, operations, normalising and erasing, batch after batch."""
 
     def __init__(self, crops_BHWC: np.ndarray, batches: int, device: torch.device) -> None:
         count, size = crops_BHWC.shape[:2]
@@ -139,12 +139,12 @@ class _Ours:
         self._images = torch.empty_like(self._crops)
 
     def draw(self) -> None:
-        """The plan alone."""
+        """Draw the plan only."""
         for step, ids in enumerate(self._rows):
             self._plan.batch(0, step, ids)
 
     def run(self) -> None:
-        """All of it; the crops are copied first, as each batch of a loader has pixels of its own."""
+        """Run everything; the crops are copied first, as each batch of a loader has its own pixels."""
         for step, ids in enumerate(self._rows):
             self._images.copy_(self._crops)
             self.augmented(self._plan.batch(0, step, ids))
@@ -152,7 +152,7 @@ class _Ours:
             torch.cuda.synchronize()
 
     def augmented(self, plan: BatchPlan) -> Tensor:
-        """The model's input of the images as they are now, which it changes; valid until the next call."""
+        """The model's input from the current images, which are changed; valid until the next call."""
         images, *drawn = self._augment.begin(self._augment.prepare(self._images, plan), plan, self._inputs)
         inputs, _ = self._finish(images, self._targets, *drawn)
         self._inputs = inputs if drawn[1] is None else None
@@ -162,11 +162,11 @@ class _Ours:
 _crops: np.ndarray
 _output: Tensor
 _transform: Callable[[Any], Any]
-"""A worker process's own."""
+"""State of a worker process."""
 
 
 def _start_worker(crops_BHWC: np.ndarray, output: Tensor) -> None:
-    """Make timm's transform; its `_posterize` is mended, since Pillow 13 refuses to keep 0 bits (which means black)."""
+    """Make timm's transform, with `_posterize` patched, since Pillow 13 refuses to keep 0 bits (black)."""
     from timm.data import auto_augment
     from timm.data.transforms_factory import transforms_imagenet_train
     from torchvision.transforms import Compose
@@ -184,13 +184,13 @@ def _start_worker(crops_BHWC: np.ndarray, output: Tensor) -> None:
     stages: Any = transforms_imagenet_train(
         crops_BHWC.shape[1], auto_augment=POLICY, mean=MEAN, std=STD, re_prob=REPROB, re_mode="pixel", separate=True
     )
-    _, augment, to_normalized = stages  # the first stage is the crop, which is made already
+    _, augment, to_normalized = stages  # the first stage, the crop, is already done
     _crops, _output = crops_BHWC, output
     _transform = Compose([augment, to_normalized])
 
 
 def _run_worker(rows: range, seed: int) -> None:
-    """Transform images `rows` of the round; those of all batches go through the one batch of crops and of output."""
+    """Transform images `rows` of the round; all batches use the same batch of crops and of output."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -201,10 +201,9 @@ def _run_worker(rows: range, seed: int) -> None:
 
 @contextmanager
 def _timms(crops_BHWC: np.ndarray, batches: int, workers: int) -> Generator[Callable[[], None], None, None]:
-    """A function that puts all batches through timm's transforms, in processes that share crops and output.
+    """A function that runs all batches through timm's transforms, in processes that share crops and output.
 
-    Each process takes the next images whenever it has done some: nobody waits at the end of a batch, as the processes
-    of a loader do not.
+    Each process takes the next images as soon as it is free: as in a loader, none waits at the end of a batch.
     """
     count, size = crops_BHWC.shape[:2]
     output = torch.empty(count, 3, size, size).share_memory_()
@@ -214,19 +213,19 @@ def _timms(crops_BHWC: np.ndarray, batches: int, workers: int) -> Generator[Call
         def run() -> None:
             list(pool.map(_run_worker, tasks, range(len(tasks))))
             if not output.isfinite().all():
-                raise UserError("timm's transforms gave numbers that are not finite.")
+                raise UserError("timm's transforms returned values that are not finite.")
 
         yield run
 
 
 def tasks_of(count: int, workers: int) -> list[range]:
-    """A round of `count` images cut into tasks of a few, at least four for each process where there are as many."""
+    """Split a round of `count` images into small tasks, at least four per process if there are enough images."""
     rows = max(1, min(ROWS_A_TASK, count // (4 * workers)))
     return [range(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
 def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
-    """Measure all cases. Beside cases and ratios the result holds the section `recipe`. Raises `UserError`."""
+    """Measure all cases. The result also has the section `recipe`. Raises `UserError`."""
     for name in ("batch_size", "batches", "img_size", "workers"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -277,7 +276,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
 
 
 def our_cases(batch_size: int, batches: int, img_size: int, device: torch.device) -> dict[str, Case]:
-    """Ours alone beside its limit, of `batches` batches a round."""
+    """Our case beside its limit, with `batches` batches per round."""
     crops = _make_crops(batch_size, img_size)
     ours, images = _Ours(crops, batches, device), torch.from_numpy(crops).to(device).permute(0, 3, 1, 2)
     setting = f"{RECIPE}, drawing the plan included, batch {batch_size}, on {device.type}"
@@ -306,7 +305,7 @@ def _make_crops(count: int, size: int, data: Path | None = None) -> np.ndarray:
 
 
 def _step_case(batch_size: int, img_size: int, batches: int, device: torch.device) -> Case:
-    """Training steps of a compiled ViT-Small in bfloat16, what the augmentation has to hide behind."""
+    """Training steps of a compiled ViT-Small in bfloat16, during which the augmentation should be done."""
     import timm
 
     model = timm.create_model(STEP_MODEL, img_size=img_size).to(device)

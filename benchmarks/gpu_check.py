@@ -1,7 +1,7 @@
-"""`make gpu-check`: the GPU tests, the short form of the benches, and the record of both, within some minutes.
+"""`make gpu-check`: the GPU tests, the short form of the benches, and the record of both, within a few minutes.
 
-A GPU may be there for some minutes only, and go away at any moment: the most valuable figures come first, each has a
-limit, and files and page are written anew after each.
+A GPU may be available for a few minutes only, and may go away at any moment. So the most valuable figures come first,
+each has a time limit, and files and page are rewritten after each.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from lowrank_vit.common.numba_cache import must_compile
 from lowrank_vit.common.resources import available_cores
 
 MINUTES = {"cuda": 6.0, "cpu": 16.0}
-"""For all of it, by device."""
+"""Minutes for everything, by device."""
 PROFILE_MINUTES = 1.0
-"""More with --profile."""
+"""Additional minutes with --profile."""
 TESTS_SHARE = 2.5 / 6
-"""Of the time that is left when what they read is made, which the tests may take."""
+"""The tests' share of the time that is left when their data sets are made."""
 MOST_JOBS = 16
 COMPILERS = 4
-"""Of torch.compile in each process of the tests: some, since those that compile longest are few."""
+"""Compilers of torch.compile in each test process; a few, since few tests compile for long."""
 PREPARE_LIMIT_S = 90.0
-"""For opening the set, and measuring how fast the decoder is with it."""
+"""Time limit for opening the set and measuring the decoder's speed with it."""
 COMPILE_LIMIT_S = 150.0
-"""For each of the two benches that have the CPU's functions compiled."""
+"""Time limit for each of the two benches that compile the CPU's functions."""
 TOO_LONG = 124
-"""The exit code of tests that were ended; that of the program `timeout`."""
+"""Exit code of tests that were ended, like that of the program `timeout`."""
 _TESTS = "tests"
 
 Call = Callable[[Sequence[str], Mapping[str, str], float], int]
-"""Runs a Python module with variables of the environment added, for so many seconds at most; returns its exit code."""
+"""Runs a Python module with more environment variables, for at most so many seconds; returns its exit code."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ class Options:
 
     @property
     def names(self) -> list[str]:
-        """What --only names."""
+        """The names in --only."""
         return [name for part in self.only or () for name in part.split(",") if name]
 
     def check(self) -> None:
-        """Raise `UserError` for what cannot be."""
+        """Raise `UserError` for wrong options."""
         if self.minutes is not None and self.minutes <= 0:
-            raise UserError(f"--minutes is {self.minutes:g}, expected some.")
+            raise UserError(f"--minutes is {self.minutes:g}, expected more than 0.")
         if self.jobs is not None and self.jobs < 1:
             raise UserError(f"--jobs is {self.jobs}, expected 1 or more.")
         if self.only is not None and not self.names:
@@ -116,7 +116,7 @@ class Options:
             raise UserError("The folder tests/gpu is not here. Run make gpu-check in a checkout of the project.")
 
     def benches(self, device: str, budget: float) -> all_benches.Options:
-        """Of the benches, for so many minutes."""
+        """The options of the benches, for so many minutes."""
         names = tuple(name for name in self.names if name != _TESTS)
         return all_benches.Options(
             short=not self.tiny,
@@ -131,13 +131,13 @@ class Options:
 
 @dataclass(frozen=True)
 class _Files:
-    """What a check leaves, so that the next one can add to it."""
+    """The files of a check, to which the next one can add."""
 
     folder: Path
 
     @property
     def tests(self) -> Path:
-        """What `pytest --gpu-record` writes."""
+        """Written by `pytest --gpu-record`."""
         return self.folder / "tests.json"
 
     @property
@@ -147,18 +147,18 @@ class _Files:
 
     @property
     def page(self) -> Path:
-        """The path of the page, which a record that is added to keeps."""
+        """Contains the path of the page, which stays when more is added."""
         return self.folder / "page"
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Remove the files."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for file in (self.tests, self.benches, self.page):
             file.unlink(missing_ok=True)
 
 
 def files_of(tiny: bool) -> _Files:
-    """Those of checks, or of rehearsals."""
+    """The files of checks, or of rehearsals."""
     return _Files(Path("output") / ("gpu-check-tiny" if tiny else "gpu-check"))
 
 
@@ -168,13 +168,13 @@ def run(
     call: Call | None = None,
     start: all_benches.Start | None = None,
 ) -> tuple[Path, bool]:
-    """The record's page, and whether tests and benches were without failures. Raises `UserError`.
+    """Run the check; returns the record's page, and whether nothing has failed. Raises `UserError`.
 
-    `call` runs the tests and `start` a bench, by default in processes.
+    `call` runs the tests, and `start` a bench; by default in processes.
     """
     options.check()
     device = "cuda" if torch.cuda.is_available() and not options.without_gpu else "cpu"
-    options.benches(device, 1).entries(device, others=(_TESTS,))  # a wrong name is said now
+    options.benches(device, 1).entries(device, others=(_TESTS,))  # report a wrong name now
     minutes = options.minutes or MINUTES["cpu" if options.tiny else device] + PROFILE_MINUTES * options.profile
     files, begun = files_of(options.tiny), time.monotonic()
     if not options.names or not _is_of_this_machine(files, note):
@@ -182,14 +182,14 @@ def run(
     write = partial(_write_page, options, files)
 
     def left() -> float:
-        """Minutes; some for those that have to be told that there are none."""
+        """Minutes left; never 0, so that benches can report that the time is used up."""
         return max(0.01, minutes - (time.monotonic() - begun) / 60)
 
     has_tests, has_benches = (not options.names or _TESTS in options.names), set(options.names) != {_TESTS}
     if not options.without_gpu:
         with _twins_compiled(note, start or start_bench) if has_tests and not options.tiny else nullcontext():
             _make_sets(options, note, start or start_bench)
-        note(f"what tests and benches read is there; {left():.1f} of {minutes:g} minutes are left")
+        note(f"the data sets are ready; {left():.1f} of {minutes:g} minutes are left")
     codes: list[int] = []
     if has_tests:
         limit_s = 60 * left() * (TESTS_SHARE if has_benches else 1)
@@ -209,18 +209,18 @@ def run(
 
 
 def _is_of_this_machine(files: _Files, note: Callable[[str], object]) -> bool:
-    """Whether there is a record to add to."""
+    """Whether there is a record of this machine to add to."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     parts = [part for part in (all_benches.earlier(files.benches), _earlier_tests(files, note)) if part is not None]
     for part in parts:
         if (other := (part.get("environment") or {}).get("gpu")) not in (None, gpu):
-            note(f"the last record is of another GPU ({other}), so a new one is begun")
+            note(f"the last record is of another GPU ({other}), so a new one is started")
             return False
     return bool(parts)
 
 
 def _earlier_tests(files: _Files, note: Callable[[str], object]) -> dict[str, Any] | None:
-    """What an earlier check has left of its tests; what cannot be read is forgotten, with a note."""
+    """The tests of an earlier check; a file that cannot be read is removed, with a note."""
     try:
         return record.read_part(files.tests)
     except UserError as error:
@@ -230,10 +230,10 @@ def _earlier_tests(files: _Files, note: Callable[[str], object]) -> dict[str, An
 
 
 def _write_page(options: Options, files: _Files) -> Path:
-    """The page of what there is, at the place of the record that it belongs to."""
+    """Write the page with everything so far, at its record's path."""
     out = options.out or (files.folder if options.tiny else Path("docs/benchmarks"))
     known = Path(files.page.read_text(encoding="utf-8")) if files.page.exists() else None
-    if known is not None and not (known.exists() and known.parent == out):  # removed since, or wanted elsewhere
+    if known is not None and not (known.exists() and known.parent == out):  # removed since, or --out has changed
         known = None
     page = record.write(record.Options(files.tests, files.benches, out), known)
     write_whole(files.page, str(page))
@@ -241,9 +241,9 @@ def _write_page(options: Options, files: _Files) -> Path:
 
 
 def _make_sets(options: Options, note: Callable[[str], object], start: all_benches.Start) -> None:
-    """Photographs, the sets made of them, and the decoder's speeds, so that no bench's time is spent on that.
+    """Make photographs and sets, and measure the decoder's speeds, so that this takes no bench's time.
 
-    Whatever fails here the benches that want it tell.
+    Failures here are reported by the benches that need the result.
     """
     try:
         if options.tiny:
@@ -257,14 +257,14 @@ def _make_sets(options: Options, note: Callable[[str], object], start: all_bench
         with tempfile.TemporaryDirectory() as made:
             start([entry.bench, *flags], Path(made) / "prepare.json", PREPARE_LIMIT_S)
     except Exception as error:
-        note(f"what the benches read: {reason_of(error)}")
+        note(f"data sets of the benches: {reason_of(error)}")
 
 
 @contextmanager
 def _twins_compiled(note: Callable[[str], object], start: all_benches.Start) -> Generator[None]:
-    """Beside what is done inside, have numba compile the CPU's functions that tests compare a GPU with.
+    """During the context, let numba compile the CPU functions with which tests compare a GPU, in the background.
 
-    It keeps them; else each of the tests' processes would compile all of them. Two tiny benches on the CPU call them.
+    numba caches them; otherwise every test process would compile all of them. Two tiny benches on the CPU call them.
     """
 
     def compile_all() -> None:
@@ -275,7 +275,7 @@ def _twins_compiled(note: Callable[[str], object], start: all_benches.Start) -> 
                     flags = [*tiny.flags(entry, "cpu"), "--scratch", made]
                     start([entry.bench, *flags], Path(made) / "compiled.json", COMPILE_LIMIT_S)
             except Exception as error:
-                note(f"what numba has compiled: {reason_of(error)}")
+                note(f"compiling with numba: {reason_of(error)}")
 
     if not _must_compile():
         yield
@@ -298,11 +298,11 @@ def _run_tests(options: Options, files: _Files, limit_s: float, note: Callable[[
     files.tests.unlink(missing_ok=True)
     jobs = options.jobs or min(MOST_JOBS, available_cores())
     note(f"the tests in {jobs} processes, at most {limit_s:.0f} s")
-    # Each process has a pool of compilers, by default one for each core.
+    # Each process has a pool of compilers, by default one per core.
     variables = {"TORCHINDUCTOR_COMPILE_THREADS": str(COMPILERS if jobs > 1 else available_cores())}
     if not (options.without_gpu or options.tiny):
-        variables["LRV_REQUIRE_GPU"] = "1"  # a test that finds no GPU fails rather than being left out
-    # One at a time, the longest first, see `tests/gpu/conftest.py`; pytest-benchmark, where it is, warns beside xdist.
+        variables["LRV_REQUIRE_GPU"] = "1"  # a test that finds no GPU fails instead of being skipped
+    # One at a time, the longest first, see `tests/gpu/conftest.py`; pytest-benchmark, if installed, warns beside xdist.
     parallel = ["-n", str(jobs), "--dist", "load", "--maxschedchunk", "1", "-p", "no:benchmark"]
     code = call(["pytest", "tests/gpu", "-m", "gpu", *parallel, f"--gpu-record={files.tests}"], variables, limit_s)
     if code == TOO_LONG:

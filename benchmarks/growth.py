@@ -82,7 +82,7 @@ class Options(axes.Options):
 
 @dataclass(frozen=True)
 class Point:
-    """What a loader is measured at."""
+    """The settings at which a loader is measured."""
 
     count: int
     batch: int
@@ -92,7 +92,7 @@ class Point:
 
 @dataclass
 class _Growth:
-    """Cases by sweep, line and place on the axis."""
+    """Cases by sweep, line and position on the axis."""
 
     cases: dict[str, Samples] = field(default_factory=dict)
     lines: dict[str, dict[str, dict[int, str]]] = field(default_factory=dict)
@@ -179,7 +179,7 @@ def _goes_on(before: Result, surroundings: Mapping[str, Any], options: object) -
 def _result(
     options: Options, surroundings: Mapping[str, Any], growth: _Growth, found: axes.Found, extra: dict[str, object]
 ) -> Result:
-    """Of what has been measured so far."""
+    """The result so far."""
     joined = _Growth(dict(growth.cases), deepcopy(growth.lines))
     for axis, costs in found.costs.items():
         for cost, places in costs.items():
@@ -253,7 +253,7 @@ def _loader_cases(
 def _epoch(
     kind: str, beton: Beton, point: Point, device: torch.device, stack: ExitStack
 ) -> tuple[Callable[[], None], int]:
-    """A function that reads an epoch, and its number of images."""
+    """A function that reads an epoch, and the number of its images."""
     bench = LoaderBench(batch_size=point.batch, img_size=point.size)
     plan = plan_of(beton.heights, beton.widths, bench, TrainRules())
     loader, _ = open_loader(beton, plan, device, LoaderOptions(kind, point.workers))

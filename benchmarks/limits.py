@@ -1,4 +1,4 @@
-"""The bench `limits`: what the machine can do at most, apart from any work of ours."""
+"""The bench `limits`: the machine's limits, without any of our code."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
 
 
 def _write_and_sync(file: Path, num_bytes: int) -> None:
-    """Whole MiB, on the disk when this returns: what is not yet written cannot be read from there."""
+    """Write whole MiB and sync, so that the file can be read back from the disk."""
     with file.open("wb") as opened:
         opened.write(os.urandom(1 << 20) * max(1, num_bytes >> 20))
         opened.flush()
@@ -107,11 +107,11 @@ def _write_and_sync(file: Path, num_bytes: int) -> None:
 
 def _two_buffers(num_bytes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    return source, torch.zeros_like(source).fill_(2)  # both written to, so that their pages are there
+    return source, torch.zeros_like(source).fill_(2)  # both are written, so that their pages exist
 
 
 def _products(device: torch.device, gflop: float, dtypes: tuple[torch.dtype, ...]) -> dict[str, Case]:
-    """TFLOP/s by dtype: an item is a TFLOP."""
+    """Cases of TFLOP/s by dtype: an item is a TFLOP."""
     where = "gpu" if device.type == "cuda" else "cpu"
     cases = {}
     for dtype in dtypes:
@@ -121,7 +121,7 @@ def _products(device: torch.device, gflop: float, dtypes: tuple[torch.dtype, ...
 
 
 def _entropy_case(photos: list[Path]) -> Case:
-    """What reading a JPEG to its end takes at the least: grey, at an eighth of the size."""
+    """The least work to read a JPEG to its end: decoding it in grey at an eighth of its size."""
     files = [photo.read_bytes() for photo in photos]
     check = partial(turbojpeg.check, width=WIDTH, height=HEIGHT)
 

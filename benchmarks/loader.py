@@ -30,15 +30,15 @@ from lowrank_vit.plan.operations import parse_policy
 from lowrank_vit.plan.plans import TrainPlan, TrainRules
 
 SMALL_SIDE, RAW_SIDE, MAX_SIDE = 32, 256, 400
-"""Pixels of the sets beside the photographs as they are: raw enlarged, raw as ImageNet is kept, and JPEG."""
+"""Pixels of further sets of the photographs: raw and enlarged, raw in ImageNet's usual size, and JPEG."""
 SIZES = {"cuda": (4096, 256), "cpu": (2000, 64)}
-"""By device: images in the set, and in a batch. On a GPU fewer would take no time worth measuring."""
+"""By device: images in the set and per batch. On a GPU fewer would be too fast to measure."""
 LIMITED = {
     **dict.fromkeys(("ffcv", "dali_cpu", "stock_ffcv", "stock_dali", "timm", "torchvision", "spdl"), "decode_limit"),
     **dict.fromkeys(("dali_gpu", "stock_dali_gpu"), "gpu_decode_limit"),
     **dict.fromkeys(("resident", "resident_32px", "resident_256px"), "copy_limit"),
 }
-"""Case -> the limit it is held against, where both were run."""
+"""The limit with which a case is compared, if both were run."""
 LIMITS = (
     "All files are in memory after the warm-up, so a slow disk or network in front of them does not show.",
     "Ours resize with PIL's bilinear and bicubic filters in turn, as timm does; stock FFCV with OpenCV's area filter, "
@@ -83,7 +83,7 @@ class Options:
 def run(
     options: Options, note: Callable[[str], object] = nothing, keep: Callable[[Result], object] = nothing
 ) -> Result:
-    """Measure the cases. Beside cases and ratios the result holds batch size, image size and workers.
+    """Measure the cases. The result also has batch size, image size and workers.
 
     Raises `UserError`.
     """
@@ -128,15 +128,15 @@ def run(
 
 
 def _wanted(options: Options, there: Collection[str]) -> list[str]:
-    """The cases to measure. Raises `UserError` for one that there is not."""
+    """The cases to measure. Raises `UserError` for one that does not exist."""
     for name in options.cases or ():
         if name not in there:
-            raise UserError(f"--cases {name} is none of this bench's here. There are: {', '.join(there)}.")
+            raise UserError(f"--cases {name} is not a case of this bench here. There are: {', '.join(there)}.")
     return [name for name in there if options.cases is None or name in options.cases]
 
 
 def ratios_of(cases: Collection[str]) -> dict[str, tuple[str, str]]:
-    """All that can be formed of these cases."""
+    """All ratios that these cases allow."""
     ratios = {f"{kind}_vs_stock_{kind}": (kind, f"stock_{kind}") for kind in ("ffcv", "dali_gpu")}
     ratios |= {"interpolated_vs_repeated_colours": ("dali_gpu", "dali_gpu_repeated_colours")}
     ratios |= {"dali_cpu_vs_stock_dali": ("dali_cpu", "stock_dali")}
@@ -147,7 +147,7 @@ def ratios_of(cases: Collection[str]) -> dict[str, tuple[str, str]]:
 
 
 def _sets(options: Options, note: Callable[[str], object]) -> tuple[Path, Beton]:
-    """The same images as files and as a .beton of their bytes. Raises `UserError`."""
+    """The same images as files, and as a .beton of their bytes. Raises `UserError`."""
     count, batch_size = _count(options), _batch(options)[0]
     if options.data is not None:
         folder, image, what = files_of(open_given(options.data), count, options.scratch, note), AS_STORED, "samples"
@@ -157,7 +157,7 @@ def _sets(options: Options, note: Callable[[str], object]) -> tuple[Path, Beton]
     beton = converted(folder, "", image)
     if batch_size > beton.num_samples:
         raise UserError(
-            f"--batch-size {batch_size} is more than the {beton.num_samples} {what}. Give a greater --count."
+            f"--batch-size {batch_size} is more than the {beton.num_samples} {what}. Give a larger --count."
         )
     return folder, beton
 
@@ -168,13 +168,13 @@ def _count(options: Options) -> int:
 
 
 def _batch(options: Options) -> tuple[int, int]:
-    """Images a batch, and their side."""
+    """Images per batch, and their side in pixels."""
     assert options.batch_size is not None
     return options.batch_size, options.img_size
 
 
 _Makers = dict[str, Callable[[], Case]]
-"""Cases by name, each made when it is wanted: making one may open and decode a set."""
+"""Functions that make cases, by name; making one may open and decode a set."""
 
 
 def _our_cases(
@@ -214,7 +214,7 @@ def _our_cases(
 
 
 def suffix_of(image: ImageOptions) -> str:
-    """Behind the name of the photographs' folder: which set of them it is."""
+    """The suffix of a set's name after the photographs' folder."""
     return f"_{image.raw or image.max_side}" if image != ImageOptions() else ""
 
 
@@ -297,7 +297,7 @@ def _gpu_peer_cases(options: Options, folder: Path, beton: Beton, workers: int) 
 
 
 def _plan_cases(options: Options) -> _Makers:
-    """An epoch of ImageNet's size is drawn in full."""
+    """Cases that draw a whole epoch of ImageNet's size."""
     rng = np.random.default_rng(0)
     heights, widths = rng.integers(300, 501, (2, 2**17))
     recipe = TrainRules(
@@ -322,10 +322,10 @@ def _draw_epoch(plan: TrainPlan) -> None:
 
 
 class _RepeatedPlan(TrainPlan):
-    """Of a set that is read several times over in an epoch; its ids are those of the set."""
+    """A plan that reads a set several times in an epoch; its ids are those of the set."""
 
     different: int
-    """Samples in the set; the plan is made of their sides again and again."""
+    """Samples in the set; the plan repeats their sides."""
 
     def step_ids(self, epoch: int, step: int, without: Collection[int] = ()) -> np.ndarray:
         return super().step_ids(epoch, step, without) % self.different
@@ -335,7 +335,7 @@ class _RepeatedPlan(TrainPlan):
 
 
 def plan_of(heights: np.ndarray, widths: np.ndarray, options: Options, rules: TrainRules) -> TrainPlan:
-    """Of images of these sides, `options.times` over, with the bench's batch and crops."""
+    """A plan of images with these sides, repeated `options.times`, with the bench's batch size and crops."""
     batch_size, img_size = _batch(options)
     sides = np.tile(heights, options.times), np.tile(widths, options.times)
     plan = _RepeatedPlan(*sides, rules, seed=0, img_size=img_size, batch_size=batch_size)

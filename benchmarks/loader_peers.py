@@ -1,4 +1,4 @@
-"""What the bench `loader` measures beside: each peer as its own documentation sets it up."""
+"""The peers of the bench `loader`, each set up as in its own documentation."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def stock_ffcv(path: Path, *, batch_size: int, img_size: int, workers: int) -> C
 
 
 def fair_steps(batches: int, processes: int) -> int:
-    """Batches a round for a loader whose processes make whole batches: about `batches`, or more.
+    """Batches per round for a loader whose processes make whole batches: `batches` or somewhat more.
 
-    A multiple of the processes, since else some of them have nothing to do at the end, and at least four for each,
-    since at the beginning all of them start with nothing.
+    A multiple of the number of processes, so that none is idle at the end, and at least four for each, since all of
+    them start without a batch.
     """
     return processes * max(LEAST_BATCHES_A_PROCESS, -(-batches // processes))
 
 
 class _Repeated:
-    """`length` samples of a dataset, which begins again where it ends."""
+    """`length` samples of a dataset, which is repeated."""
 
     def __init__(self, dataset: Any, length: int) -> None:
         self._dataset, self._length = dataset, length
@@ -70,7 +70,7 @@ class _Repeated:
 
     @property
     def transform(self) -> Any:
-        """The dataset's own, which timm sets."""
+        """The dataset's transform, which timm sets."""
         return self._dataset.transform
 
     @transform.setter
@@ -80,7 +80,7 @@ class _Repeated:
 
 @contextmanager
 def _epochs_of(loader: Any) -> Generator[Callable[[], None], None, None]:
-    """A run through a `DataLoader`, whose persistent processes end with the context."""
+    """A function that runs through a `DataLoader`, whose persistent processes end with the context."""
 
     def run() -> None:
         for _ in loader:
@@ -96,7 +96,7 @@ def _epochs_of(loader: Any) -> Generator[Callable[[], None], None, None]:
 def timm_loader(
     folder: Path, *, steps: int, batch_size: int, img_size: int, workers: int
 ) -> Generator[Callable[[], None], None, None]:
-    """`steps` batches of timm's loader: uint8 batches as its processes collate them, before normalising."""
+    """`steps` batches of timm's loader: uint8, as its processes collate them, before normalising."""
     import torch
     from timm.data import create_dataset, create_loader
 
@@ -123,7 +123,7 @@ def timm_loader(
 def torch_loader(
     folder: Path, *, steps: int, batch_size: int, img_size: int, workers: int
 ) -> Generator[Callable[[], None], None, None]:
-    """`steps` batches of torch's DataLoader with torchvision's v2 transforms as it advises: uint8 tensors."""
+    """`steps` batches of torch's DataLoader with torchvision's v2 transforms as recommended: uint8 tensors."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
@@ -141,17 +141,17 @@ def torch_loader(
 def _decode_rgb(path: str) -> Any:
     from torchvision.io import ImageReadMode, decode_image
 
-    with warnings.catch_warnings():  # torchvision 0.29 announces that its decoder will move to a package of its own
+    with warnings.catch_warnings():  # torchvision 0.29 announces that its decoder will move to another package
         warnings.simplefilter("ignore", DeprecationWarning)
         return decode_image(path, mode=ImageReadMode.RGB)
 
 
 PREFETCH = 2
-"""Batches that DALI works on at a time: its default."""
+"""DALI's default number of batches in work."""
 HW_DECODER_LOAD = 0.35
-"""Share of a batch for the GPU's JPEG engine: ours, and the fastest for both; DALI's own default is 0.65."""
-# Of DALI's PyTorch example (ResNet50), which sizes the decoder's buffers for the largest images of ImageNet, so that
-# none is made again while it runs.
+"""Share of a batch for the GPU's JPEG engine: our value, the fastest for both; DALI's default is 0.65."""
+# From DALI's PyTorch example (ResNet50), which sizes the decoder's buffers for ImageNet's largest images, so that none
+# is reallocated during a run.
 _GPU_BUFFERS = {
     "device_memory_padding": 211_025_920,
     "host_memory_padding": 140_544_512,
@@ -163,12 +163,12 @@ Device = Literal["cpu", "gpu"]
 
 
 def in_whole_rounds(pipeline: Any, prefetch: int = PREFETCH) -> Callable[[int], Any]:
-    """A function that has a built `pipeline` make so many batches, and returns the last one when all are made.
+    """A function that makes a number of batches with a built `pipeline`, and returns the last when all are done.
 
-    As many are under way at a time as with DALI's own `run`, which however leaves them so when it returns: they would
-    be made in the time of whatever is measured next.
+    As many batches are in work at a time as with DALI's own `run`. But `run` returns with batches still in work, which
+    would take time from the next measurement.
     """
-    pipeline.schedule_run()  # the first call begins `prefetch` batches, each later one a single batch
+    pipeline.schedule_run()  # the first call starts `prefetch` batches, each later call one batch
     for _ in range(prefetch):
         pipeline.outputs()
 
@@ -187,7 +187,7 @@ def in_whole_rounds(pipeline: Any, prefetch: int = PREFETCH) -> Callable[[int], 
 def stock_dali(
     folder: Path, *, steps: int, batch_size: int, img_size: int, workers: int, device: Device = "cpu"
 ) -> Callable[[], None]:
-    """`steps` batches of a plain DALI pipeline: random crops, resized and mirrored, uint8 on the device."""
+    """`steps` batches of a plain DALI pipeline: random crops, resized and flipped, uint8 on the device."""
 
     def images_of(fn: Any, types: Any, files: Any) -> Any:
         images = fn.decoders.image_random_crop(
@@ -205,7 +205,7 @@ def stock_dali(
 def decoder_alone(
     folder: Path, *, steps: int, batch_size: int, workers: int, device: Device = "gpu"
 ) -> Callable[[], None]:
-    """`steps` batches of whole images from DALI's decoder, with nothing done to them."""
+    """`steps` batches of whole images from DALI's decoder, without any operation."""
 
     def images_of(fn: Any, types: Any, files: Any) -> Any:
         return fn.decoders.image(files, **_decoding(types, device))
@@ -214,7 +214,7 @@ def decoder_alone(
 
 
 def _decoding(types: Any, device: Device) -> dict[str, Any]:
-    """What all decoders are given."""
+    """Arguments of all decoders."""
     if device == "cpu":
         return {"device": "cpu", "output_type": types.RGB}
     return {"device": "mixed", "output_type": types.RGB, "hw_decoder_load": HW_DECODER_LOAD, **_GPU_BUFFERS}
@@ -223,7 +223,7 @@ def _decoding(types: Any, device: Device) -> dict[str, Any]:
 def define(
     folder: Path, images_of: Callable[[Any, Any, Any], Any], batch_size: int, workers: int, device: Device
 ) -> Any:
-    """A pipeline, not yet built, of the files below `folder`; `images_of` makes images of `fn`, `types` and them."""
+    """A pipeline, not yet built, over the files below `folder`; `images_of(fn, types, files)` makes the images."""
     from nvidia import dali
 
     fn, types, pipeline_def = (getattr(dali, name) for name in ("fn", "types", "pipeline_def"))  # not typed
@@ -270,9 +270,9 @@ def why_no_spdl(photo: Path) -> str:
 def spdl_loader(
     files: Sequence[Path], *, steps: int, batch_size: int, img_size: int, workers: int
 ) -> Callable[[], Iterator[Any]]:
-    """A function that yields `steps` batches in random order, uint8 (batch_size, img_size, img_size, 3) each.
+    """A function that yields `steps` batches in random order, each uint8 (batch_size, img_size, img_size, 3).
 
-    Its pipeline is made anew for each round, as its documentation does for an epoch, and ends with it.
+    Each round makes a new pipeline, as SPDL's documentation does for each epoch.
     """
     import spdl.io  # pyright: ignore[reportMissingImports]
     from spdl.pipeline import PipelineBuilder  # pyright: ignore[reportMissingImports]
@@ -280,7 +280,7 @@ def spdl_loader(
     paths, shuffled = [str(file) for file in files], random.Random(0)
 
     def order() -> Iterator[str]:
-        """Epoch after epoch: each file once before any comes again."""
+        """Endless epochs, each with every file once."""
         while True:
             yield from shuffled.sample(paths, len(paths))
 

@@ -1,4 +1,4 @@
-"""The bench `prep`: converting a folder of JPEGs, beside FFCV's own writer and beside merely copying the files."""
+"""The bench `prep`: converting a folder of JPEGs, beside FFCV's own writer and beside copying the files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ImageFiles:
 
 
 def import_ffcv() -> Any:
-    """The module `ffcv.writer`, imported in silence and without its side effect on torch's threads."""
+    """The module `ffcv.writer`, imported without warnings and without its side effect on torch's threads."""
     import torch
 
     threads = torch.get_num_threads()
@@ -68,8 +68,8 @@ def import_ffcv() -> Any:
 def write_with_ffcv(files: ImageFiles, out: Path, *, max_resolution: int, quality: int, workers: int) -> None:
     """Write `files` to `out` as JPEGs of at most `max_resolution` pixels a side with `workers` processes.
 
-    FFCV's code is used unchanged but for two things outside its work: its progress bar is off, and a worker that died,
-    for which FFCV would wait for ever, raises `UserError`.
+    FFCV's code is unchanged except for two things: its progress bar is off, and a worker that died raises `UserError`,
+    while FFCV would wait for ever.
     """
     writer = import_ffcv()
     from ffcv.fields import IntField, RGBImageField
@@ -87,7 +87,7 @@ def write_with_ffcv(files: ImageFiles, out: Path, *, max_resolution: int, qualit
     def sleep(seconds: float) -> None:
         time.sleep(seconds)
         if any(worker.exitcode for worker in processes):
-            raise UserError("a worker of FFCV's DatasetWriter stopped; its own message stands above. Check the images.")
+            raise UserError("a worker of FFCV's DatasetWriter stopped; its own message is above. Check the images.")
 
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -144,17 +144,17 @@ class Options:
 
 @dataclass
 class _Bench:
-    """What all cases share."""
+    """The data that all cases share."""
 
     src: Path
     scratch: Path
     files: ImageFiles
     workers: int
     stored: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Case -> how its images were stored, counted by reason."""
+    """By case, how many images were stored in which way."""
 
     def cases(self) -> dict[str, Case]:
-        """All of them; ours come first, because they name a bad image."""
+        """All cases; ours come first, because they name a bad image."""
         return {
             "passthrough_decode": self._convert("passthrough_decode", ImageOptions(MAX_SIDE, QUALITY, "decode")),
             "passthrough_header": self._convert("passthrough_header", ImageOptions(MAX_SIDE, QUALITY, "header")),
@@ -167,7 +167,7 @@ class _Bench:
         }
 
     def _limits(self) -> dict[str, Case]:
-        """Of decoding, where there are JPEGs, and of the disk."""
+        """The limits of decoding, if there are JPEGs, and of the disk."""
         paths = [self.src / name for name in self.files.names]
         jpegs = decodable(paths)
         decoding = {"decode_limit": decode_case(jpegs, self.workers)} if jpegs else {}
@@ -175,11 +175,11 @@ class _Bench:
 
     @property
     def _kept(self) -> Path:
-        """A file of the bytes that the conversions write."""
+        """A file with as many bytes as the conversions write."""
         return self.scratch / "kept.beton"
 
     def prepare(self) -> None:
-        """Write what `cp_one_file` copies."""
+        """Write the file that `cp_one_file` copies."""
         convert_image_folder(self.src, self._kept, image=ImageOptions(MAX_SIDE, QUALITY, "header"))
 
     def _convert(self, name: str, image: ImageOptions) -> Case:
@@ -235,7 +235,7 @@ class _Bench:
             raise UserError(f"{out} holds {num_samples:,} samples, expected {len(self.files):,}.")
 
     def _clear(self) -> None:
-        """Remove all outputs, and leave the disk nothing to write in the next case's time."""
+        """Remove all outputs and sync, so that the disk writes nothing during the next case."""
         for path in self.scratch.iterdir():
             if path.name.startswith(self._kept.name):
                 continue
@@ -249,12 +249,12 @@ class _Bench:
 def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
     """Measure all cases.
 
-    Beside cases and ratios the result holds the sections source, workers, stored (how the images were stored) and,
-    if asked for, memory. Raises `UserError`: a wrong option, an unreadable or bad image, a full disk.
+    The result also has the sections source, workers, stored (how the images were stored) and, if requested, memory.
+    Raises `UserError`: a wrong option, an unreadable or bad image, a full disk.
     """
     workers = available_cores() if options.workers is None else options.workers
     if workers < 1:
-        raise UserError(f"--workers is {workers}, expected 1 or more. Leave it out for one a core.")
+        raise UserError(f"--workers is {workers}, expected 1 or more. Leave it out for one per core.")
     src = options.data or ensure_photos(CACHE / f"photos_{options.count}", options.count, note=note)
     samples, mean_bytes = _list(src)
     what = "the bench's photographs" if options.data is None else "--data"
@@ -280,14 +280,14 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
 
 
 def _total_bytes(path: Path) -> int:
-    """Of a file, or of all files below a folder, through links."""
+    """Bytes of a file, or of all files below a folder; links are followed."""
     if path.is_file():
         return path.stat().st_size
     return sum((Path(parent) / name).stat().st_size for parent, _, names in os.walk(path) for name in names)
 
 
 def sync(path: Path) -> None:
-    """Put all that is written on the file system of `path` on its disk. Raises `UserError`."""
+    """Write all pending data of the file system of `path` to its disk. Raises `UserError`."""
     if sys.platform == "linux":
         _command("sync", "--file-system", str(path))
     else:

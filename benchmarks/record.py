@@ -1,6 +1,6 @@
-"""A machine's record: the tests that ran on it and its benches, as one JSON file and one page of Markdown.
+"""A machine's record: its tests and benches, as one JSON file and one page of Markdown.
 
-The page tells what was measured on the machine, how, and what was not.
+The page tells what was measured, how, and what was not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lowrank_vit.common.files import write_whole
 
 VERSIONS = ("torch", "torchvision", "timm", "ffcv", "nvidia-dali-cuda130", "spdl", "opencv-python", "pillow", "numpy")
 MAX_NAME = 110
-"""Letters of a kernel's name on the page; the JSON has all of them."""
+"""Characters of a kernel's name on the page; the JSON has the full name."""
 MACHINE = (
     *("gpu", "gpu_memory_gib", "power_limit_w", "driver", "cuda", "cudnn"),
     *("cpu", "cpu_cores", "threads", "memory_gib", "load_average_1min", "python"),
@@ -60,7 +60,7 @@ def to_markdown(known: Mapping[str, Any], tests: dict[str, Any] | None, benches:
 def not_measured(
     known: Mapping[str, Any], tests: Mapping[str, Any] | None, benches: Mapping[str, Any] | None
 ) -> list[str]:
-    """Aims without a figure, benches and cases that failed, tests that were skipped: each with the reason if known."""
+    """Aims without a figure, failed benches and cases, and skipped tests, each with the reason if known."""
     content = benches or {}
     device = _device(known, content)
     results, failed = content.get("benches", {}), content.get("failed", {})
@@ -109,7 +109,7 @@ def _tests(tests: Mapping[str, Any] | None) -> list[str]:
 
 
 def _last_line(outcome: Mapping[str, Any]) -> str:
-    """Of what pytest says of a failure: the error that stands in it, else where it was."""
+    """A failure's error from pytest's message, otherwise its last line."""
     lines = [line for line in str(outcome.get("message") or "").splitlines() if line.strip()]
     errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
     told = (errors or lines[-1:] or [""])[0]
@@ -151,7 +151,7 @@ def _benches(benches: Mapping[str, Any], tests: Mapping[str, Any] | None) -> lis
 
 
 def _surroundings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Where tests or benches were added at another commit, or in other surroundings: which."""
+    """The surroundings of tests and benches, if they are not all of one commit and machine."""
     found = {
         name: ", ".join(f"{key} {known[key]}" for key in ("commit", "gpu", "torch") if known.get(key))
         for name, result in results.items()
@@ -167,13 +167,13 @@ _PROFILED = {
     "timm_step": "timm's step",
     "end_to_end": "a step of a run with data",
 }
-"""What the tables of kernels are of."""
+"""Titles of the tables of kernels."""
 _OF_BUDGET = {"timm": "timm_step", "ours": "step"}
-"""The columns of the budget that were profiled, and as what."""
+"""The profiled columns of the budget, and their profiles."""
 
 
 def _kernels(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A table for each profile."""
+    """A table of kernels for each profile."""
     lines = []
     for result in results.values():
         load = result.get("workload") or {}
@@ -202,7 +202,7 @@ def _kernels(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _workload(result: Mapping[str, Any]) -> str:
-    """Of a training bench its own section; of the others what they say of batch and image size."""
+    """The workload of a training bench; for other benches, their batch and image sizes."""
     given = result.get("workload")
     if not isinstance(given, dict):
         names = ("recipe", "batch_size", "img_size", "times", "workers", "threads")
@@ -213,7 +213,7 @@ def _workload(result: Mapping[str, Any]) -> str:
 
 
 def _decoding(result: Mapping[str, Any]) -> str:
-    """Which backend, with which share of the GPU's decoder and how many threads."""
+    """The backend, its share of the GPU's decoder, and the number of threads."""
     of_run = result.get("loader")
     if isinstance(of_run, dict):
         return (
@@ -223,13 +223,13 @@ def _decoding(result: Mapping[str, Any]) -> str:
 
 
 def _runs(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What the runs said of themselves, those of a model once."""
+    """The runs' own descriptions, one for each model."""
     found = dict.fromkeys(tuple(result["description"]) for result in results.values() if result.get("description"))
     return ["", "The runs:", "", *(f"- {_plain('; '.join(lines))}" for lines in found)] if found else []
 
 
 def _cpu(one: Mapping[str, Any]) -> str:
-    """The median by CPU time; nothing of a record that has none."""
+    """The median by CPU time; empty for a record without it."""
     return f"{median(one['cpu']) * (1e3 if 'unit' in one else 1):.4g}" if one.get("cpu") else ""
 
 
@@ -244,13 +244,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> list[st
 
 
 def _plain(text: object) -> str:
-    """In one line, and without what would end a cell."""
+    """The text in one line, with escaped `|`."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where the parts are, and where the record goes."""
+    """The parts of a record, and where it goes."""
 
     tests: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """What `pytest --gpu-record=FILE` wrote."""
@@ -261,13 +261,13 @@ class Options:
 
 
 def write(options: Options, page: Path | None = None) -> Path:
-    """Join the two; returns the page. A part that is missing is said in it. Raises `UserError` if there is neither.
+    """Join both parts; returns the page, which names a missing part. Raises `UserError` if both are missing.
 
-    `page`: that of the same record, which is written anew (default: a new one).
+    `page`: the same record's page, which is rewritten (default: a new page).
     """
     tests, benches = read_part(options.tests), read_part(options.benches)
     if tests is None and benches is None:
-        raise UserError(f"Neither {options.tests} nor {options.benches} is there. Run make gpu-check.")
+        raise UserError(f"Neither {options.tests} nor {options.benches} exists. Run make gpu-check.")
     known = next((part["environment"] for part in (benches, tests) if part and part.get("environment")), {})
     page = page or _unused(options.out, known)
     record = {"environment": known, "tests": tests, "benches": benches}
@@ -281,7 +281,7 @@ def write(options: Options, page: Path | None = None) -> Path:
 
 
 def _unused(out: Path, known: dict[str, Any]) -> Path:
-    """A page that is not there yet: an earlier figure is what a later one is held against."""
+    """A new page's path: earlier figures are kept for comparison."""
     stem = f"{time.strftime('%Y-%m-%d')}_{_file_word(known.get('gpu') or known.get('cpu') or 'cpu')}"
     later = f"{stem}_{_file_word(known['commit'])}" if known.get("commit") else stem
     for name in chain([stem, later], (f"{later}_{n}" for n in count(2))):
@@ -295,7 +295,7 @@ def _file_word(text: object) -> str:
 
 
 def read_part(path: Path) -> dict[str, Any] | None:
-    """What `pytest --gpu-record` or `bench all` wrote; None where it is not there. Raises `UserError`."""
+    """The JSON of `pytest --gpu-record` or of `all`; None if there is no file. Raises `UserError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.shared`: the one process that `all` runs a GPU's benches in, see `harness/processes.py`."""
+"""`python -m benchmarks.shared`: the process in which `all` runs a GPU's benches, see `harness/processes.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lowrank_vit.common.errors import exit_cleanly
 
 
 def main() -> None:
-    """Serve until the standard input ends."""
+    """Run benches until standard input ends."""
     with kept_open():
         serve(run_command)
 

@@ -1,8 +1,9 @@
-"""The bench `spectral`: how right the solver is, and how fast beside a plain SVD in the training loop.
+"""The bench `spectral`: the solver's accuracy, and its speed beside a plain SVD in the training loop.
 
-Inline is what existing code does: float32 `torch.linalg.svd(weight, full_matrices=False)`, layer after layer, model and
-EMA. Ours are all values, the first and last 8 vectors of both sides, and their certificates, in float64. Whole
-refreshes are held against what they cost before.
+"Inline" is what existing code does: float32 `torch.linalg.svd(weight, full_matrices=False)`, layer after layer, for
+model
+and EMA. Ours computes all values, the first and last 8 vectors of both sides, and their certificates, in float64.
+Complete refreshes are compared with an earlier version.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Options:
 
 
 def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
-    """Measure everything; the result's extra section `accuracy` has an `Accuracy` for each case. Raises `UserError`."""
+    """Measure everything; the extra section `accuracy` of the result has an `Accuracy` per case. Raises `UserError`."""
     if not options.models:
         raise UserError("--models names no model; expected small, base or both.")
     given = {
@@ -108,7 +109,7 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
 
 
 def _with_lowest(ratios: Mapping[str, Samples]) -> dict[str, Samples]:
-    """Before them, of each kind the lowest of its models or batch sizes in each round."""
+    """The ratios, preceded for each kind by the lowest of its models or batch sizes in each round."""
     lowest = {}
     for kind in ("gram64_vs_inline_svd", "with_monitor_vs_without"):
         of_kind = [ratio.samples for name, ratio in ratios.items() if name.startswith(f"{kind}_")]
@@ -120,7 +121,7 @@ def _with_lowest(ratios: Mapping[str, Samples]) -> dict[str, Samples]:
 _LIMITS = (
     "gram64_vs_inline_svd and with_monitor_vs_without are the lowest of the models and batch sizes in each round.",
     "The weights are timm's initial ones, of full rank. lowrank_vs_fullrank compares ranks on ViT-B's four shapes; "
-    "of a rank from an eighth of the full one on a matrix takes 1.8 to 2.5 times as long as one of full rank.",
+    "a matrix whose rank is at least an eighth of the full one takes 1.8 to 2.5 times as long as one of full rank.",
 )
 
 
@@ -142,7 +143,7 @@ def operations(model: str) -> dict[str, float]:
 
 def _solver_cases(name: str, threads: int, device: torch.device, inline_layers: int) -> dict[str, Case]:
     stacks = stacks_of(MODELS[name], device)
-    # A stack is one kind of matrix of all layers, so that a part of each keeps the mixture of shapes.
+    # A stack has one kind of matrix from all layers, so a part of each stack keeps the mixture of shapes.
     inline_weights = [w for of_kind in stacks.values() for stack in of_kind for w in stack.matrices_NRC[:inline_layers]]
     settings = SpectralSettings(TOPK, cpu_threads=threads)
     count, unit = sum(len(stack.names) for of_kind in stacks.values() for stack in of_kind), "matrices/s"
@@ -172,7 +173,7 @@ def _solver_cases(name: str, threads: int, device: torch.device, inline_layers: 
 
 
 def _rank_cases(threads: int, device: torch.device) -> dict[str, Case]:
-    """One matrix of each of ViT-B's shapes: normal entries, and a float32 product with 8 columns."""
+    """One matrix of each of ViT-B's shapes: with normal entries, and as a float32 product of rank 8."""
     generator = torch.Generator().manual_seed(0)
     settings = SpectralSettings(TOPK, cpu_threads=threads)
 
@@ -195,10 +196,10 @@ def _rank_cases(threads: int, device: torch.device) -> dict[str, Case]:
 
 
 def stacks_of(model: str, device: torch.device) -> Stacks:
-    """Initial weights of the model and of another draw for its EMA, chosen and stacked as the monitor does."""
+    """Initial weights of the model, and of a second draw as its EMA, selected and stacked as by the monitor."""
     import timm
 
-    # The global generator is put back: whoever calls this may count on its own draws.
+    # The global generator is restored for the caller.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         kinds: dict[str, nn.Module] = {kind: timm.create_model(model).to(device) for kind in (MODEL, EMA)}

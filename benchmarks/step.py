@@ -1,6 +1,6 @@
 """The bench `step`: one training step on synthetic images, eager and compiled, beside that of timm's train.py.
 
-And the compiled step of a model whose block layers are in factors beside that of the same model of full rank.
+Also the compiled step of a model with factorised block layers beside that of the same model at full rank.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from lowrank_vit.training.step import TrainStep
 NUM_CLASSES = 1000
 RECIPE = ("--opt", "adamw", "--lr", "5e-4", "--weight-decay", "0.05", "--warmup-epochs", "0", "--smoothing", "0.1")
 LIMITS = (
-    "timm's images are normalised and its targets smoothed and soft before: its loader does that. Ours do both, and "
-    "the arithmetic of mixing, in the step.",
-    "timm's train.py as it stands takes AdamW without fused; it is given fused here, as --opt-kwargs fused=True does.",
+    "timm's loader normalises images and smooths targets before the step. Our step does both itself, and the "
+    "arithmetic of mixing.",
+    "timm's train.py uses AdamW without fused by default; here it gets fused, as with --opt-kwargs fused=True.",
 )
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step is measured on."""
+    """The model and sizes on which a step is measured."""
 
     model: str
     img_size: int
@@ -53,25 +53,25 @@ WORKLOADS = {
     "cuda": Workload("vit_small_patch16_224", 224, 256, 20),
     "cpu": Workload("vit_tiny_patch16_224", 64, 64, 4),
 }
-"""By device: small enough for a CPU, and what ImageNet is trained with on a GPU."""
+"""By device: small enough for a CPU, and a usual training on ImageNet for a GPU."""
 
 FACTORISED = {
     "cuda": Workload("vit_small_patch16_224", 128, 64, 20),
     "cpu": Workload("vit_small_patch16_224", 128, 64, 1),
 }
-"""What full rank and factors are compared on, by device: with `OF_FACTORISED` width 384, depth 6, 64 tokens."""
+"""For comparing full rank and factors, by device: with `OF_FACTORISED`, width 384, depth 6, 64 tokens."""
 OF_FACTORISED = ("--model-kwargs", "depth=6", "class_token=False", "global_pool=avg")
 KEPT_SHARE = 0.25
-"""The share of the block layers' weights that their factors have."""
+"""The share of the block layers' weights that the factors keep."""
 
 WARM_UP_STEPS = 20
-"""Of compiled steps, before the first round: compiling, and what is chosen or allocated in the first few."""
+"""Compiled steps before the first round, for compilation, autotuning and allocation."""
 FEW_WARM_UP_STEPS = 5
-"""The same where a step is so long that a round is one."""
+"""The same if a step is so long that a round has only one."""
 UPDATE_BYTES = 10 * 4
-"""A parameter's least traffic in an update, float32: AdamW reads weight, gradient and both moments and writes weight
-and moments (7 numbers; Loshchilov & Hutter, Decoupled Weight Decay Regularization, algorithm 2); the EMA reads weight
-and average and writes the average (3). Gradients are set to None, not to zero; writing them is the backward pass's."""
+"""A parameter's least memory traffic in an update, float32: AdamW reads weight, gradient and both moments and writes
+weight and moments (7 numbers; Loshchilov & Hutter, Decoupled Weight Decay Regularization, algorithm 2); the EMA reads
+weight and average and writes the average (3). Gradients are set to None, not to zero; the backward pass writes them."""
 
 _BY_DEVICE = "(default: by the device)"
 
@@ -106,7 +106,7 @@ class Options:
     """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
 
     def workload(self, device: torch.device) -> Workload:
-        """Of the device, with what was given over it. Raises `UserError`."""
+        """The device's workload with the given options. Raises `UserError`."""
         given = {name: getattr(self, name) for name in ("model", "img_size", "batch_size", "steps")}
         for name, value in given.items():
             if isinstance(value, int) and value < 1:
@@ -115,7 +115,7 @@ class Options:
 
 
 def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
-    """Measure all cases. Beside cases and ratios the result holds the workload and FLOPs. Raises `UserError`."""
+    """Measure all cases. The result also has the workload and FLOPs. Raises `UserError`."""
     device = pick_device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(available_cores())
@@ -166,13 +166,13 @@ def run(options: Options, note: Callable[[str], object] = nothing) -> Result:
 def _factorised_cases(
     device: torch.device, note: Callable[[str], object]
 ) -> tuple[dict[str, Case], dict[str, tuple[str, str]], dict[str, Any]]:
-    """Our compiled step in full rank and in factors, with the arithmetic of each as one product; ratios; sizes."""
+    """Our compiled step at full rank and factorised, with a product of equal FLOPs for each; ratios; sizes."""
     load = FACTORISED[device.type]
     cases: dict[str, Case] = {}
     sizes: dict[str, Any] = {"model": load.model, "img_size": load.img_size, "batch_size": load.batch_size}
     ratios = {"lowrank_vs_full": ("low_rank", "full_rank")}
     for name, flags in {"full_rank": (), "low_rank": ("--lowrank-init", str(KEPT_SHARE))}.items():
-        note(f"making the step of a model {'in factors' if flags else 'of full rank'}")
+        note(f"making the step of a {'factorised model' if flags else 'model of full rank'}")
         config = config_of(load, device, "compiled", *OF_FACTORISED, *flags)
         parts = set_up(config, None)
         case = _our_case(parts, load, "compiled", config)
@@ -187,19 +187,19 @@ def _factorised_cases(
 
 
 class NormalizedBefore(Augment):
-    """Normalises and mixes by itself, in passes of their own before the compiled step."""
+    """Normalises and mixes in separate passes before the compiled step."""
 
     @torch.no_grad()
     def begin(
         self, images: Tensor, plan: BatchPlan, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Float images beside what the step needs for the targets."""
+        """Float images, and what the step needs for the targets."""
         images, mix, *_ = super().begin(images, plan, out)
         return mix_images(self.normalize(images), mix), mix, None, None
 
 
 def _forms(options: Options, load: Workload, device: torch.device, note: Callable[[str], object]) -> dict[str, Case]:
-    """Our compiled step in the forms that the options ask for, by name."""
+    """Our compiled step in the requested forms, by name."""
     cases = {}
     for mode in options.modes:
         note(f"making the step in mode {mode}")
@@ -219,7 +219,7 @@ def _forms(options: Options, load: Workload, device: torch.device, note: Callabl
 
 
 def update_case(num_params: int, load: Workload, device: torch.device) -> Case:
-    """Images a second if a step only moved the bytes of its update: a case's ratio to it is their share of its step."""
+    """Images per second if a step only moved its update's bytes: a case's ratio to it is their share of its step."""
     # A copy reads and writes each byte, so half of the bytes are copied.
     source = torch.ones(num_params * UPDATE_BYTES // 2, dtype=torch.uint8, device=device)
     copies = copy_case(source, torch.zeros_like(source).fill_(2), load.steps)
@@ -235,18 +235,18 @@ def config_of(load: Workload, device: torch.device, way: str, *more: str) -> Con
     step = ["--device", device.type, "--compile" if way == "compiled" else "--no-compile"]
     step.append("--amp" if device.type == "cuda" else "--no-amp")
     sizes = ["--img-size", str(load.img_size), "--batch-size", str(load.batch_size)]
-    # As many outputs as ImageNet has, whatever set the images of a bench are of.
+    # ImageNet's number of outputs, whatever the images of a bench are.
     of_model = ["--model", load.model, "--num-classes", str(NUM_CLASSES), "--larger-head"]
     return parse(["--synthetic", *of_model, *sizes, *step, *RECIPE, *more], prog="bench")
 
 
 def dtype_of(config: Config) -> torch.dtype:
-    """What the products of the step are computed in."""
+    """The dtype of the step's matrix products."""
     return DTYPES[config.step.amp_dtype] if config.step.amp else torch.float32
 
 
 def endless(loader: SyntheticLoader) -> Iterator[Batch]:
-    """One epoch after the other."""
+    """Batches of one epoch after the other."""
     epoch = 0
     while True:
         yield from loader.batches(epoch)
@@ -270,13 +270,13 @@ def _our_case(parts: Setup, load: Workload, way: str, config: Config) -> Case:
 
 
 def _case(steps: Callable[[int], None], load: Workload, way: str, setting: str) -> Case:
-    """Of a function that runs so many steps."""
+    """A case of a function that runs a number of steps."""
     warm_up = partial(steps, WARM_UP_STEPS if load.steps > 1 else FEW_WARM_UP_STEPS) if way == "compiled" else nothing
     return Case(partial(steps, load.steps), load.batch_size * load.steps, setting=setting, first=warm_up)
 
 
 def timm_case(load: Workload, device: torch.device, way: str, config: Config) -> Case:
-    """The step of timm's train.py: its task, which holds model, loss and EMA, its optimizer, torch's autocast."""
+    """The step of timm's train.py: its task with model, loss and EMA, its optimizer, and torch's autocast."""
     import timm
     from timm.loss import SoftTargetCrossEntropy
     from timm.optim import create_optimizer_v2
@@ -313,7 +313,7 @@ def timm_case(load: Workload, device: torch.device, way: str, config: Config) ->
 
 
 def _normalized_batch(load: Workload, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Float images and soft targets, as timm's loader and Mixup give them."""
+    """Float images (B, 3, H, W) and soft targets (B, classes), as from timm's loader and Mixup."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(load.batch_size, 3, load.img_size, load.img_size, generator=generator)
     targets = torch.full((load.batch_size, NUM_CLASSES), 0.1 / NUM_CLASSES)

@@ -1,6 +1,4 @@
-"""The ratios and speeds that the benches are to reach, with the table and the picture that hold
-results against them.
-"""
+"""The target ratios and speeds of the benches, with a table and a chart that compare results with them."""
 
 from __future__ import annotations
 
@@ -17,23 +15,23 @@ from benchmarks.harness.show import number, where
 
 @dataclass(frozen=True)
 class Aim:
-    """At least `goal` for a ratio or a case of a bench, at the median; or at most that, where less is better."""
+    """A target: the median of a ratio or a case is at least `goal`, or at most that if less is better."""
 
     bench: str
     name: str
     goal: float
     what: str
-    """For the table, a few words."""
+    """A few words for the table."""
     device: Literal["any", "cpu", "cuda"] = "any"
-    """Where it is meant."""
+    """The device type that it is for."""
     is_less_better: bool = False
 
     def share(self, found: float) -> float:
-        """How far it is reached: at 1 just so, more is better."""
+        """The result relative to the goal: 1 just reaches it, more is better."""
         return self.goal / found if self.is_less_better else found / self.goal
 
     def is_for(self, device: str) -> bool:
-        """Whether it is meant for that type of device."""
+        """Whether it is for this type of device."""
         return self.device in ("any", device)
 
 
@@ -73,31 +71,31 @@ AIMS = (
     Aim("augment", "full_recipe_vs_step", 50, "the same / ViT-S step (2 % of its time)", "cuda"),
     Aim("spectral", "gram64_vs_inline_svd", 50.0, "float64 spectra / inline float32 SVD", "cuda"),
 )
-"""As `docs/benchmarks/README.md` states them. Where none stands for a bench, its ratios are reported all the same.
+"""As in `docs/benchmarks/README.md`. Ratios without an aim are reported too.
 
-A bench's name is that in `selection.py`. That the monitor costs at most 1 % of a step is 0.99 of its speed.
+Benches are named as in `selection.py`. A monitor that costs at most 1 % of a step is 0.99 of its speed.
 """
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """An aim and what was found."""
+    """An aim and its result."""
 
     aim: Aim
     samples: tuple[float, ...]
-    """Empty where the bench did not run to its end."""
+    """Empty if the bench did not finish."""
     median: float | None
 
     @property
     def is_reached(self) -> bool | None:
-        """None where nothing was found."""
+        """Whether the aim is reached; None without a result."""
         return None if self.median is None else self.aim.share(self.median) >= 1
 
 
 def judge(results: Mapping[str, Mapping[str, Any]], device: str, aims: Sequence[Aim] = AIMS) -> list[Verdict]:
-    """Hold the JSON of benches, by bench, against the aims of these benches that are meant for the type of device.
+    """Compare the JSON of benches, by bench, with the aims of these benches for the type of device.
 
-    A bench that gave nothing stands in `results` with an empty mapping, so that its aims are not forgotten.
+    A bench without a result must be in `results` with an empty mapping, so that its aims are listed.
     """
     verdicts = []
     for aim in aims:
@@ -110,7 +108,7 @@ def judge(results: Mapping[str, Mapping[str, Any]], device: str, aims: Sequence[
 
 
 def print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
-    """The one table, 80 columns wide."""
+    """Print the table, 80 columns wide."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("bench")
     table.add_column("to be reached", overflow="fold")
@@ -127,7 +125,7 @@ def print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
 
 
 def short_number(value: float) -> str:
-    """Three digits: 3.20M, 12.5k, 0.987."""
+    """A number in three digits: 3.20M, 12.5k, 0.987."""
     return f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value / 1e3:.3g}k" if value >= 1e4 else number(value)
 
 
@@ -137,7 +135,7 @@ _ROW_IN = 0.36
 def aims_chart(result: Result) -> bytes:
     """A row for each aim: the median over it as a dot, a line from the lowest to the highest sample, as a PNG.
 
-    Ratios and speeds of all units share the axis, since each is divided by its own aim; 1 is just reached.
+    Ratios and speeds of all units share the axis, since each is divided by its aim; 1 just reaches it.
     """
     from lowrank_vit.report.style import EMA, GRID, INK, MODEL, MUTED, heading, log_ticks, new_figure, png, tidy
 
@@ -163,7 +161,7 @@ def aims_chart(result: Result) -> bytes:
     axes.set_xscale("log")
     axes.set_xlim(0.8 * min([0.8, *shares]), 1.15 * max([1.4, *shares]))
     log_ticks(axes.xaxis)
-    found = axes.twinx()  # the figures themselves, at the right
+    found = axes.twinx()  # the figures, on the right
     found.set_ylim(axes.get_ylim())
     found.set_yticks(range(len(verdicts)), [_figures(verdict) for verdict in verdicts])
     found.tick_params(length=0, labelsize=8.5, colors=INK)

@@ -1,7 +1,7 @@
-"""What the machine could do at most, measured in the rounds of the cases that are held against it.
+"""Limits of the machine, measured in the same rounds as the cases that are compared with them.
 
-Each limit is a case that does nothing but the least that the measured cases must do: the products of a model as one
-large matrix product, the copy of a batch, the decoding of the files. A case's ratio to it is its share of the limit.
+Each limit is a case that does only the least work of the measured cases: a model's products as one large matrix
+product, the copy of a batch, the decoding of the files. A case's ratio to it is its share of the limit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
 _BLOCK, _READS_AHEAD = 1 << 20, 4
 _JPEG_START = b"\xff\xd8"
 _HELD_BATCHES = 4
-"""Different batches to copy from, so that the source is not in a cache already."""
+"""Different batches to copy from, so that the source is not in a cache."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Products:
 
     @classmethod
     def of(cls, flops: float, device: torch.device, dtype: torch.dtype) -> Products:
-        """As few as do `flops` (a multiply-add is two)."""
+        """The smallest number of products with at least `flops` FLOPs (a multiply-add counts as two)."""
         side = _PRODUCT_SIDE[device.type]
         # Random, since a GPU at its power limit is faster on zeros.
         generator = torch.Generator(device).manual_seed(0)
@@ -51,11 +51,11 @@ class Products:
 
     @property
     def flops(self) -> int:
-        """Of all products together."""
+        """FLOPs of all products together."""
         return self.count * 2 * len(self.a) ** 3
 
     def run(self) -> None:
-        """Do them, and wait for the device."""
+        """Compute the products, and wait for the device."""
         for _ in range(self.count):
             torch.matmul(self.a, self.b, out=self.out)
         wait(self.a.device)
@@ -69,21 +69,21 @@ def products_case(
     dtype: torch.dtype = torch.float32,
     unit_flops: float | None = None,
 ) -> Case:
-    """Items a second if all the arithmetic of an item ran at the speed of one large matrix product.
+    """Items per second if all the arithmetic of an item ran at the speed of one large matrix product.
 
-    `unit_flops`: count in so many FLOPs instead of in items.
+    `unit_flops`: count units of so many FLOPs instead of items.
     """
     products = Products.of(flops_per_item * items, device, dtype)
     side = len(products.a)
     what = "" if unit_flops else f", the FLOPs of {items:,} items"
     matrices = f"{side} x {side} {str(dtype).removeprefix('torch.')} matrices"
     setting = f"limit: {products.count} product{'s' * (products.count > 1)} of {matrices}{what}"
-    # A rounded-up number of products counts for more items, so nothing is lost by rounding.
+    # A rounded-up number of products counts as more items, so rounding has no effect.
     return Case(products.run, products.flops / (unit_flops or flops_per_item), unit, setting)
 
 
 def decode_case(files: Sequence[Path], workers: int) -> Case:
-    """Images a second if whole JPEGs are only read from the page cache and decoded by libjpeg-turbo."""
+    """Images per second if whole JPEGs are only read from the page cache and decoded by libjpeg-turbo."""
 
     def size_of(file: Path) -> tuple[int, int]:
         with Image.open(file, formats=("JPEG",)) as image:
@@ -104,7 +104,7 @@ def decode_case(files: Sequence[Path], workers: int) -> Case:
 
 
 def decodable(files: Sequence[Path], at_most: int = 2000) -> list[Path]:
-    """Those that libjpeg-turbo decodes to RGB, of `at_most` files from all over the list."""
+    """Of `at_most` files from all over the list, those that libjpeg-turbo decodes to RGB."""
     found = []
     for file in files[:: max(1, len(files) // at_most)][:at_most]:
         data = file.read_bytes()
@@ -125,7 +125,7 @@ def _decode_share(decode: Callable[[int], None], share: range) -> None:
 
 
 def normalizing_case(images: Tensor, repeats: int) -> Case:
-    """Images a second if uint8 images are only turned to float32 ones: reading and writing a batch, no arithmetic."""
+    """Images per second if uint8 images are only converted to float32: reading and writing a batch, no arithmetic."""
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
 
     def run() -> None:
@@ -137,7 +137,7 @@ def normalizing_case(images: Tensor, repeats: int) -> Case:
 
 
 def batch_copy_case(count: int, batch_size: int, side: int, device: torch.device) -> Case:
-    """Images a second if decoded images of `side` pixels are only copied, each batch into memory of its own."""
+    """Images per second if decoded images of `side` pixels are only copied, each batch into its own memory."""
     images = torch.zeros(batch_size, side, side, 3, dtype=torch.uint8, device=device)
     held = [images, *(torch.empty_like(images).copy_(images) for _ in range(_HELD_BATCHES - 1))]
     batches = max(1, count // batch_size)
@@ -152,7 +152,7 @@ def batch_copy_case(count: int, batch_size: int, side: int, device: torch.device
 
 
 def copy_case(source: Tensor, target: Tensor, repeats: int) -> Case:
-    """GB/s (10^9 bytes) of copying memory; on one device each byte counts twice, once read and once written."""
+    """GB/s (10^9 bytes) of copying memory; within one device each byte counts twice, as read and as written."""
     assert source.nbytes == target.nbytes
 
     def run() -> None:
@@ -168,7 +168,7 @@ def copy_case(source: Tensor, target: Tensor, repeats: int) -> Case:
 
 
 def page_cache_case(file: Path) -> Case:
-    """GB/s of reading a file that the system holds in memory into one buffer again and again."""
+    """GB/s of reading a file from the page cache into the same buffer repeatedly."""
     buffer = memoryview(mmap.mmap(-1, _BLOCK))
 
     def run() -> None:
@@ -180,7 +180,7 @@ def page_cache_case(file: Path) -> Case:
 
 
 def disk_write_case(file: Path, num_bytes: int) -> Case:
-    """GB/s of writing `num_bytes` to `file`, past the page cache where possible, until they are on the disk."""
+    """GB/s of writing `num_bytes` to `file`, bypassing the page cache if possible, until they are on the disk."""
     block = _random_block()
     blocks = max(1, num_bytes // _BLOCK)
 
@@ -202,7 +202,7 @@ def disk_write_case(file: Path, num_bytes: int) -> Case:
 
 
 def disk_read_case(file: Path) -> Case:
-    """GB/s of reading `file` from the disk, past the page cache where possible; its size is a multiple of 1 MiB."""
+    """GB/s of reading `file` from the disk, bypassing the page cache if possible; its size is a multiple of 1 MiB."""
     buffers = [mmap.mmap(-1, _BLOCK) for _ in range(_READS_AHEAD)]  # several at a time keep a fast disk busy
     blocks = file.stat().st_size // _BLOCK
 
@@ -227,7 +227,7 @@ def disk_read_case(file: Path) -> Case:
 
 
 def store_case(files: Sequence[Path], out: Path) -> Case:
-    """Images a second if the bytes of the files, held in memory, are only written to one file on the disk."""
+    """Images per second if the bytes of the files, from memory, are only written to one file on the disk."""
     num_bytes = sum(file.stat().st_size for file in files)
     case = disk_write_case(out, num_bytes)
     setting = f"limit: as many bytes as the images have, {case.setting}"
@@ -235,13 +235,13 @@ def store_case(files: Sequence[Path], out: Path) -> Case:
 
 
 def _random_block() -> mmap.mmap:
-    block = mmap.mmap(-1, _BLOCK)  # at a page's beginning, as O_DIRECT wants it
+    block = mmap.mmap(-1, _BLOCK)  # page-aligned, as O_DIRECT needs it
     block.write(os.urandom(_BLOCK))
     return block
 
 
 def _open_past_cache(file: Path, flags: int) -> tuple[int, bool]:
-    """A descriptor, and whether it goes past the page cache, which some file systems refuse."""
+    """A descriptor, and whether it bypasses the page cache, which some file systems refuse."""
     direct = open_past_cache(file, flags)
     return (os.open(file, flags), False) if direct is None else (direct, True)
 
@@ -253,6 +253,6 @@ def _way_of(file: Path, flags: int) -> str:
 
 
 def wait(device: torch.device) -> None:
-    """Wait for what was asked of an accelerator."""
+    """Wait for work queued on an accelerator."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,10 +1,10 @@
 """Time named cases side by side: whole rounds in which every case runs once, and ratios round by round.
 
-Absolute figures drift with whatever else a machine does; a ratio of two neighbours in time drifts far less. The order
-changes from round to round (A B C, C B A, B C A, ...), so that no case always follows the same one, whose heat, caches
-and threads it would inherit.
+Absolute figures drift with the machine's other work; a ratio of two runs next to each other drifts far less. The order
+changes from round to round (A B C, C B A, B C A, ...), so that no case always inherits heat, caches and threads from
+the same other case.
 
-CPU seconds stand beside the time. A neighbour that takes cores makes a run last longer; its CPU seconds grow little.
+CPU seconds are measured too. Another process on the same cores makes a run last longer, but hardly adds CPU seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SECONDS = "s"
 
 
 def nothing(*args: object) -> None:
-    """Do nothing: where a case needs no preparation, or nobody listens."""
+    """Do nothing: for cases without preparation, and calls without a listener."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,26 @@ class Case:
     run: Callable[[], object]
     """The timed part; on an accelerator it waits for the device before it returns."""
     items: float
-    """How many items `run` handles (GB are no whole number); a sample is items / seconds, or with the unit "s" seconds
-    / items."""
+    """How many items `run` handles (GB may be fractional); a sample is items / seconds, or with the unit "s" seconds /
+    items."""
     unit: str = "img/s"
     setting: str = ""
-    """One sentence for the reader: which settings, what is inside the timed part."""
+    """One sentence for the reader: the settings, and what the timed part contains."""
     before: Callable[[], object] = nothing
     after: Callable[[], object] = nothing
-    """Not timed: prepare, then check what was done and clear away."""
+    """Not timed: prepare before, then check and clean up after."""
     first: Callable[[], object] = nothing
-    """Not timed, once before the first round: what only the first use costs, as compiling does."""
+    """Not timed, once before the first round: costs of the first use, such as compilation."""
     peer: bool = False
-    """Somebody else's code: if it fails, the command does not."""
+    """Whether it is another project's code: if it fails, the command does not."""
 
     @classmethod
     def of_peer(cls, make: Callable[[], Case]) -> Case:
-        """A peer's case; where already making it fails, one that fails with that error when its turn comes."""
+        """A peer's case; if making it fails, a case that fails with that error in its turn."""
         try:
             return replace(make(), peer=True)
         except Exception as error:
-            caught = error  # Python forgets `error` behind this block
+            caught = error  # Python deletes `error` after this block
 
             def fail() -> None:
                 raise caught
@@ -73,7 +73,7 @@ class Case:
             return cls(fail, 1, peer=True)
 
     def sample(self, seconds: float) -> float:
-        """What a run of so many seconds counts as, in the unit."""
+        """The sample for a run of so many seconds, in the unit."""
         return seconds / self.items if self.unit == SECONDS else self.items / seconds
 
 
@@ -86,8 +86,9 @@ class Samples:
     """Empty for a ratio."""
     setting: str = ""
     cpu: tuple[float, ...] = ()
-    """The CPU seconds an item, round by round; of a ratio what it is by CPU seconds in place of time. Empty where they
-    were not measured."""
+    """CPU seconds per item, round by round; for a ratio, the ratio by CPU seconds instead of time. Empty if they were
+    not
+    measured."""
 
     @property
     def median(self) -> float:
@@ -104,13 +105,13 @@ class Result:
     cases: Mapping[str, Samples]
     ratios: Mapping[str, Samples]
     limits: tuple[str, ...] = ()
-    """What the figures do not show, a sentence each."""
+    """Sentences about what the figures do not show."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further sections of the JSON."""
     failed: Mapping[str, str] = field(default_factory=dict)
-    """Why, by the name of what did not run to its end; it is in no other section."""
+    """The reason for each case that did not finish; it is in no other section."""
     peers: frozenset[str] = frozenset()
-    """The names of somebody else's cases, those that failed among them."""
+    """The names of peers' cases, including failed ones."""
 
     @property
     def is_broken(self) -> bool:
@@ -133,7 +134,7 @@ class Result:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Result:
-        """The inverse of `to_dict`. Raises `KeyError` and the like for what is not the JSON of a bench."""
+        """The inverse of `to_dict`. Raises `KeyError` or similar if it is not the JSON of a bench."""
         rest = dict(content)
         bench, surroundings, settings = rest.pop("bench"), rest.pop("environment"), rest.pop("settings")
         cases, ratios = (
@@ -171,14 +172,14 @@ def measure(
     keep: Callable[[Result], object] = nothing,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Result:
-    """Run `warmup` rounds that do not count and `repeats` that do; every round runs every case once, see `order_of`.
+    """Run `warmup` rounds that do not count and `repeats` that do; each round runs every case once, see `order_of`.
 
-    `ratios` maps a name to two cases: the first's sample over the second's of the same round. `note` hears of each
-    round as it begins; `keep` gets what there is after each but the last; `clock` tells seconds.
+    `ratios` maps a name to two cases: the first's sample divided by the second's of the same round. `note` gets a line
+    at the start of each round; `keep` gets the result so far after each round but the last; `clock` returns seconds.
 
-    A case that fails is left out from then on, in `failed` with the reason; the others go on, for the ratios with it
-    are lost but theirs are not. Raises `UserError` for `repeats` below 1, and one that a case of ours raises: that is
-    about options or data, which the other cases share.
+    A case that fails is left out from then on and is in `failed` with the reason; the others continue, and only the
+    ratios with it are lost. Raises `UserError` for `repeats` below 1. A `UserError` of one of our cases is raised too,
+    since it is about options or data that the other cases share.
     """
     check_repeats(repeats)
     for name, pair in ratios.items():
@@ -221,7 +222,7 @@ def _result(
     failed: Mapping[str, str],
     limits: tuple[str, ...],
 ) -> Result:
-    """Of the rounds so far; what failed has no figures."""
+    """The result of the rounds so far; failed cases have no figures."""
     done = {name: case for name, case in cases.items() if name not in failed}
     rounds = min((len(samples[name]) for name in done), default=DEFAULT_REPEATS)
     if rounds < DEFAULT_REPEATS:
@@ -251,9 +252,9 @@ def check_repeats(repeats: int) -> None:
 
 
 def order_of(names: Sequence[T], n: int) -> list[T]:
-    """The order in round `n`: every second round backwards, and every two rounds one case further.
+    """The order in round `n`: every second round is reversed, and every two rounds start one case further.
 
-    Three cases stand in all their six orders in six rounds; two run A B, B A, B A, A B.
+    Three cases run in all six orders in six rounds; two run A B, B A, B A, A B.
     """
     begin = n // 2 % max(len(names), 1)
     turned = [*names[begin:], *names[:begin]]
@@ -261,14 +262,14 @@ def order_of(names: Sequence[T], n: int) -> list[T]:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error as one line: of long ones the first, behind its type unless it was made for the user."""
+    """An error as one line: the first one if it has several, after its type, unless it is a `UserError`."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines) if isinstance(error, UserError) else ": ".join([type(error).__name__, *lines[:1]])
     return text[:MAX_REASON]
 
 
 def _time(case: Case, clock: Callable[[], float]) -> tuple[float, float]:
-    """The seconds of a run, and the CPU seconds of this process and of those below it."""
+    """The seconds of a run, and the CPU seconds of this process and its children."""
     case.before()
     others, own, start = cpu_of_children(), time.process_time(), clock()
     case.run()
@@ -279,16 +280,16 @@ def _time(case: Case, clock: Callable[[], float]) -> tuple[float, float]:
 
 
 def cpu_of_children() -> float:
-    """CPU seconds so far of the processes below this one: of those that run, and of those that have been waited for.
+    """CPU seconds so far of this process's children, both running and waited for.
 
-    What runs is known to 10 ms. Not counted: what nobody waits for, what a service does for the bench, the kernel's own
-    threads (which write pages to a disk), a GPU.
+    Running children are known to 10 ms. Not counted: processes that nobody waits for, services that work for the bench,
+    the kernel's threads (which write pages to a disk), and a GPU.
     """
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = ended.ru_utime + ended.ru_stime
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            spent += sum(child.cpu_times()[:4])  # its own, and those of what it has waited for
+            spent += sum(child.cpu_times()[:4])  # its own, and those of its children that it waited for
     return spent
 
 
@@ -296,7 +297,7 @@ NO_DEVICE = "cpu"
 
 
 def environment(device: str = NO_DEVICE) -> dict[str, Any]:
-    """The run directory's environment of torch's `device`, and what weighs on benchmarks alone.
+    """The environment as in a run directory, for torch's `device`, with more values that matter for benchmarks.
 
     These are memory_gib, load_average_1min (before the bench; more than 0 says that others use the cores too),
     threads (torch's on the host), libjpeg_turbo (Pillow's own), opencv-python (FFCV's encoder), and of a GPU cudnn (its
@@ -320,7 +321,7 @@ def environment(device: str = NO_DEVICE) -> dict[str, Any]:
 
 
 def version_in_words(number: int | None) -> str:
-    """CuDNN's number with points: 91900 is 9.19.0. "unknown" for None, where torch has none."""
+    """CuDNN's version number with dots: 91900 is 9.19.0. "unknown" for None."""
     if number is None:
         return "unknown"
     of_major = 10_000 if number >= 90_000 else 1000  # since cuDNN 9
@@ -328,7 +329,7 @@ def version_in_words(number: int | None) -> str:
 
 
 def power_limit_w(command: Sequence[str] = ("nvidia-smi",)) -> float | str:
-    """What the first card may draw, watts; "unknown" where `command`, or the card, does not tell."""
+    """The first card's power limit in watts; "unknown" if `command` or the card does not tell."""
     query = [*command, "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout

@@ -1,7 +1,7 @@
-"""How much memory a conversion takes for each image: whole conversions in processes of their own.
+"""How much memory a conversion takes per image, measured with whole conversions in separate processes.
 
-`python -m benchmarks.harness.peak_memory SRC OUT.beton WORKERS` converts and prints its peak in bytes. Nothing but
-`data_prep` is imported, so that torch does not count.
+`python -m benchmarks.harness.peak_memory SRC OUT.beton WORKERS` converts and prints its peak in bytes. Only `data_prep`
+is imported, so that torch does not count.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lowrank_vit.common.errors import UserError
 
 COUNTS = (50_000, 100_000)
 PAGE_COUNT = 5000
-"""Tiny images that fill one page exactly: a page that is partly empty costs up to its size while it is written, which
-would be taken for a cost of the images."""
+"""Tiny images that fill one page exactly: a partly empty page costs up to its size while it is written, which would
+look like a cost of the images."""
 BASELINE_COUNT = 4 * PAGE_COUNT
-"""More pages than are in memory at a time."""
+"""More pages than are ever in memory at once."""
 IMAGE_BYTES = PAGE_SIZE // PAGE_COUNT
 SIDE = 16
 _COMMENT_MARKER_BYTES = 4
@@ -88,8 +88,8 @@ def _tiny_jpeg(comment: bytes = b"") -> bytes:
 
 
 def peak_resident_bytes() -> int:
-    """The largest resident memory this process has had. Raises `UserError` where there is no /proc."""
-    # Not `getrusage`: its maximum also counts what the process was before `exec`, that is its parent.
+    """The largest resident memory of this process so far, in bytes. Raises `UserError` without /proc."""
+    # Not `getrusage`: its maximum also counts the process before `exec`, which is its parent.
     try:
         status = Path("/proc/self/status").read_text()
     except OSError as error:

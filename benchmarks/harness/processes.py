@@ -1,4 +1,4 @@
-"""Benches in processes: one of its own, or one that several share, and a limit that holds whatever a bench does."""
+"""Benches in processes, separate or shared, with a time limit that holds whatever a bench does."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from benchmarks.harness.measure import reason_of
 from lowrank_vit.common.errors import UserError
 
 GRACE_S = 15.0
-"""For a bench that was told to end, to remove its files."""
+"""Time for a bench that was told to end to remove its files."""
 SHORT_GRACE_S = 2.0
-"""The same where the time is counted; what was measured is on the disk already."""
+"""The same if time is short; all measurements are on the disk already."""
 
 
 def start_bench(arguments: Sequence[str], path: Path, limit_s: float) -> None:
@@ -32,10 +32,10 @@ def start_bench(arguments: Sequence[str], path: Path, limit_s: float) -> None:
 
 
 def run_limited(command: Sequence[str], limit_s: float) -> None:
-    """Run `command`; its stderr is passed on, its stdout (tables that the JSON has too) is not.
+    """Run `command`; its stderr is passed on, but not its stdout (tables that the JSON has too).
 
-    Raises `UserError` with the last line of stderr if it ends with another code than 0, or if it had to be ended after
-    `limit_s`. Interrupted, it ends the process first.
+    Raises `UserError` with the last line of stderr if the exit code is not 0, or if it had to be ended after `limit_s`.
+    On Ctrl-C it ends the process first.
     """
     process, told = _started(command, subprocess.DEVNULL, subprocess.DEVNULL)
     try:
@@ -50,20 +50,20 @@ def run_limited(command: Sequence[str], limit_s: float) -> None:
 
 
 class SharedProcess:
-    """One process for several benches, one after the other, so that a model is compiled once for all that want it.
+    """One process for several benches, one after the other, so that a model is compiled once for all of them.
 
-    A bench that fails leaves it as it is. One that takes too long, ends the process or loses its GPU costs the process,
-    even where it hangs outside of Python; the next bench gets a new one.
+    If a bench fails, the process stays. If it takes too long, ends the process or loses its GPU, the process is ended,
+    even if it hangs outside of Python, and the next bench gets a new one.
     """
 
     def __init__(self, command: Sequence[str] | None = None, grace_s: float = SHORT_GRACE_S) -> None:
-        """`command`: what calls `serve` (default: the benches' own commands)."""
+        """`command`: starts a process that calls `serve` (default: with the benches' own commands)."""
         self._command = command or [sys.executable, "-m", "benchmarks.shared"]
         self._grace_s = grace_s
         self._process: subprocess.Popen[str] | None = None
 
     def start_bench(self, arguments: Sequence[str], path: Path, limit_s: float) -> None:
-        """As the function of that name, in the one process."""
+        """As the function of that name, in the shared process."""
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process, self._told = _started(self._command, subprocess.PIPE, subprocess.PIPE)
@@ -72,7 +72,7 @@ class SharedProcess:
         process, is_done = self._process, False
         assert process.stdin is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has just ended, which its answer tells
+            with contextlib.suppress(BrokenPipeError):  # it has just ended, as its answer tells
                 process.stdin.write(
                     json.dumps({"arguments": [*arguments, "--json", str(path)], "limit": limit_s}) + "\n"
                 )
@@ -90,7 +90,7 @@ class SharedProcess:
             raise UserError(reason)
 
     def close(self) -> None:
-        """End the process when it has closed what it keeps open, or does not in time."""
+        """Let the process close what it keeps open, and end it if that takes too long."""
         if self._process is not None:
             assert self._process.stdin is not None
             with contextlib.suppress(OSError):
@@ -100,7 +100,7 @@ class SharedProcess:
             self._end()
 
     def _end(self) -> None:
-        """Now, with all that it has started, whatever it does."""
+        """End the process at once, with all its children."""
         if self._process is not None:
             with contextlib.suppress(OSError):
                 assert self._process.stdin is not None
@@ -117,10 +117,10 @@ class SharedProcess:
 
 
 def serve(run: Callable[[list[str]], object]) -> None:
-    """What the one process does: run each bench that the standard input names, and answer when it has ended.
+    """The loop of the shared process: run each bench named on standard input, and answer when it has ended.
 
-    `run` takes a bench's arguments. Where it hangs, the stack of every thread is printed when its time is over. It is
-    the last one where the GPU does nothing any more.
+    `run` takes a bench's arguments. If it hangs, the stack of every thread is printed when its time is over. If the GPU
+    does not work any more, the loop ends.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # tables that the JSON has too
@@ -143,7 +143,7 @@ def serve(run: Callable[[list[str]], object]) -> None:
 
 
 def _has_lost_gpu() -> bool:
-    """Whether all that a process asks of its GPU fails, as it does for ever after such as an illegal memory access."""
+    """Whether all GPU calls of the process fail, as they do after an illegal memory access, for example."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
@@ -155,7 +155,7 @@ def _has_lost_gpu() -> bool:
 
 
 class _Told:
-    """Passes on what a process says of itself; keeps the last line."""
+    """Passes on the lines of a process, and keeps the last one."""
 
     def __init__(self, lines: IO[str]) -> None:
         self.last: deque[str] = deque(maxlen=1)
@@ -170,12 +170,12 @@ class _Told:
                     self.last.append(line.strip())
 
     def join(self) -> None:
-        """Wait a moment for the rest of it."""
+        """Wait a moment for the remaining lines."""
         self._thread.join(1.0)
 
 
 def _started(command: Sequence[str], stdin: int, stdout: int) -> tuple[subprocess.Popen[str], _Told]:
-    # A session of its own, so that its children (loaders' workers, compilers) can be ended with it.
+    # In its own session, so that its children (loaders' workers, compilers) can be ended with it.
     process = subprocess.Popen(
         command,
         stdin=stdin,
@@ -207,7 +207,7 @@ def _why_ended(code: object, last: Sequence[str]) -> str:
 
 
 def end(process: subprocess.Popen[str], grace_s: float) -> None:
-    """Politely, then the whole session: also what a process that is done has left running."""
+    """End a process, first politely, then with its whole session, which includes children of a finished process."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What benches read: photographs like ImageNet's, made once, and the sets made of them or given by `--data`.
+"""Data sets of the benches: photographs like ImageNet's, made once, and the sets made from them or given by `--data`.
 
 The photographs are JPEGs of 500 x 375 pixels, about 110 KB each, made from those that ship with scikit-learn and
 scikit-image. The same count and seed give the same images. Each is a window of a mosaic of the photographs in several
@@ -31,12 +31,12 @@ from lowrank_vit.common.packages import needs
 from lowrank_vit.data.sets.beton import Beton
 
 VERSION = 1
-"""Of the recipe below: another number makes cached photographs anew."""
+"""Version of the recipe below; a new number remakes cached photographs."""
 WIDTH, HEIGHT = 500, 375
 NUM_CLASSES = 10
 STAMP = ".photos.json"
 _TILE_WIDTHS = (220, 260, 320)
-"""Pixels of one photograph in a mosaic: the smaller, the more detail in a window."""
+"""Width in pixels of a photograph in a mosaic; a smaller one gives more detail in a window."""
 _TILES_A_SIDE = 4
 _GAINS = (0.9, 1.0, 1.1, 1.2)
 _NOISE_GREY_LEVELS = (4, 6, 8, 10)
@@ -46,11 +46,11 @@ _NOISE_MARGIN = 64
 
 
 def ensure_photos(root: Path, count: int, seed: int = 0, note: Callable[[str], object] = nothing) -> Path:
-    """Make `root`/class_00..class_09/NNNNNN.jpg, `count` files in all, unless they are there; return `root`.
+    """Make `root`/class_00..class_09/NNNNNN.jpg, `count` files in all, unless they exist; return `root`.
 
-    They are there if the stamp in `root` tells of the same recipe, count and seed. `note` is told before a making,
-    which takes about 5 ms an image. Raises `UserError`: fewer images than classes, no photographs to make them from,
-    `root` holds something else or cannot be written.
+    They exist if the stamp in `root` has the same recipe, count and seed. `note` gets a line before they are made,
+    which takes about 5 ms per image. Raises `UserError` for fewer images than classes, without photographs to make them
+    from, and if `root` has other files or cannot be written.
     """
     if count < NUM_CLASSES:
         raise UserError(f"--count is {count}, expected {NUM_CLASSES} or more: one image for each class.")
@@ -59,7 +59,7 @@ def ensure_photos(root: Path, count: int, seed: int = 0, note: Callable[[str], o
     if stamp is not None and {key: stamp.get(key) for key in wanted} == wanted:
         return root
     if stamp is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root} holds something else than a benchmark's photographs. Move it away.")
+        raise UserError(f"{root} has other files than a benchmark's photographs. Move it away.")
     note(f"making {count:,} photographs in {root} (once)")
     with writing(root, "Check the free space and the permissions."), made_anew(root) as folder:
         sizes = []
@@ -75,7 +75,7 @@ def ensure_photos(root: Path, count: int, seed: int = 0, note: Callable[[str], o
 
 @contextmanager
 def made_anew(root: Path) -> Generator[Path]:
-    """Yield a folder that takes the place of `root` at the end, so that what was interrupted never passes for whole."""
+    """Yield a folder that replaces `root` at the end, so that an interrupted one is never taken for complete."""
     root.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(root.parent, root.name)
     with whole_folder(root) as folder:
@@ -84,7 +84,7 @@ def made_anew(root: Path) -> Generator[Path]:
 
 
 def read_stamp(root: Path) -> dict[str, Any] | None:
-    """What `ensure_photos` noted in `root`: version, count, seed, mean_bytes, bytes; None where it did not."""
+    """The stamp of `ensure_photos` in `root`: version, count, seed, mean_bytes, bytes; None if there is none."""
     try:
         stamp = json.loads((root / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -123,7 +123,7 @@ def _mosaics(photographs: list[np.ndarray]) -> list[np.ndarray]:
     for width in _TILE_WIDTHS:
         size = (width, width * HEIGHT // WIDTH)
         tiles = [np.asarray(ImageOps.fit(Image.fromarray(p), size, Image.Resampling.LANCZOS)) for p in photographs]
-        # A row begins where the last one ended, so that different photographs are neighbours.
+        # A row starts where the last one ended, so that different photographs are neighbours.
         rows = [
             np.concatenate([tiles[(row * _TILES_A_SIDE + column) % len(tiles)] for column in range(_TILES_A_SIDE)], 1)
             for row in range(_TILES_A_SIDE)
@@ -144,7 +144,7 @@ def photograph_arrays() -> list[np.ndarray]:
 
 _FILES_STAMP = ".files.json"
 AS_STORED = ImageOptions(max_side=JPEG_MAX_SIDE)
-"""Whatever their size, the bytes of JPEGs go in as they are."""
+"""Stores the bytes of JPEGs unchanged, whatever their size."""
 
 
 def photographs(scratch: Path, count: int, note: Callable[[str], object] = nothing) -> Path:
@@ -153,28 +153,28 @@ def photographs(scratch: Path, count: int, note: Callable[[str], object] = nothi
 
 
 def converted(folder: Path, suffix: str, image: ImageOptions) -> Beton:
-    """The photographs of `folder` as FOLDER`suffix`.beton beside it, made once."""
+    """The photographs of `folder` as FOLDER`suffix`.beton beside it; made once."""
     out = folder.with_name(f"{folder.name}{suffix}.beton")
-    convert_image_folder(folder, out, image=image)  # finds itself done where it was
+    convert_image_folder(folder, out, image=image)  # does nothing if it is done already
     return Beton(out)
 
 
 def open_given(path: Path) -> Beton:
-    """The set that --data names, in one file or in parts. Raises `UserError`."""
+    """Open the set of --data, in one file or in parts. Raises `UserError`."""
     if not all(part.is_file() for part in file_or_parts(path)):
         raise UserError(f"--data {path} is not a file. Give a .beton that `python -m data_prep` wrote.")
     return Beton(path)
 
 
 def chosen(beton: Beton, count: int) -> np.ndarray:
-    """int64: at most `count` sample ids, evenly over the whole set."""
+    """At most `count` sample ids, int64, spread evenly over the set."""
     return np.unique(np.linspace(0, beton.num_samples - 1, min(count, beton.num_samples)).astype(np.int64))
 
 
 def files_of(beton: Beton, count: int, scratch: Path, note: Callable[[str], object] = nothing) -> Path:
     """A folder below `scratch` with at most `count` samples of the set as JPEG files in class folders, made once.
 
-    They are the stored bytes. Raises `UserError`: raw pixels, which are no files, or a disk that cannot be written.
+    They have the stored bytes. Raises `UserError` for a set of raw pixels, or a disk that cannot be written.
     """
     ids = chosen(beton, count)
     if (beton.modes[ids] == MODE_RAW).any():
@@ -197,14 +197,14 @@ def files_of(beton: Beton, count: int, scratch: Path, note: Callable[[str], obje
 
 
 def link_repeated(files: Sequence[Path], out: Path, times: int) -> None:
-    """Make `out` stand for the set in `files`, `times` over: links that are read as its parts."""
+    """Make `out` the set in `files`, repeated `times`: links that are read as its parts."""
     linked = [file.resolve() for _ in range(times) for file in files]
     for n, file in enumerate(linked, 1):
         link = out if len(linked) == 1 else part_path(out, n, len(linked))
         if not symbolic_link(link, file):
-            raise UserError(f"{link} cannot be made a link to {file}. Choose --scratch on a disk that has links.")
+            raise UserError(f"{link} cannot be made a link to {file}. Choose --scratch on a disk with links.")
 
 
 def times_for(num_samples: int, batch_size: int, batches: int) -> int:
-    """How often a set must be repeated for an epoch of so many whole batches."""
+    """How often a set must be repeated for an epoch of at least so many complete batches."""
     return max(1, math.ceil(batch_size * batches / num_samples))

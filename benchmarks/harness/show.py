@@ -1,4 +1,4 @@
-"""A bench's result for people: a table that fits 80 columns, a bar chart, and the files that --json and --plot name."""
+"""A bench's result for readers: a table of 80 columns, a bar chart, and the files of --json and --plot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TOO_UNEQUAL = 30
 
 @dataclass(frozen=True)
 class Output:
-    """Where a result goes beside the terminal."""
+    """Where a result goes besides the terminal."""
 
     json: Annotated[Path | None, _FILE] = None
     """Write environment, samples, medians and ratios to this file."""
@@ -34,7 +34,7 @@ class Output:
     """Draw the cases as bars, with whiskers from the lowest to the highest sample, to this .png file."""
 
     def check(self) -> None:
-        """Make the files' folders. Raises `UserError` now, rather than after minutes of measuring."""
+        """Make the files' folders, to raise `UserError` now instead of after minutes of measuring."""
         if self.plot is not None and self.plot.suffix.lower() != ".png":
             raise UserError(f"--plot {self.plot} does not end in .png.")
         for flag, path in (("--json", self.json), ("--plot", self.plot)):
@@ -55,7 +55,7 @@ class Output:
             return None
 
     def write(self, result: Result, chart: Callable[[Result], bytes] | None = None) -> None:
-        """Write what was asked for; `chart` draws it (default: `bar_chart`). Raises `UserError`."""
+        """Write the requested files; `chart` draws the picture (default: `bar_chart`). Raises `UserError`."""
         self.write_json(result)
         try:
             if self.plot is not None and result.cases:
@@ -64,7 +64,7 @@ class Output:
             raise UserError(f"{error.filename} cannot be written: {error.strerror}.") from error
 
     def write_json(self, result: Result) -> None:
-        """Write --json alone. Whoever is interrupted meanwhile keeps the file of before. Raises `UserError`."""
+        """Write only --json, atomically. Raises `UserError`."""
         if self.json is None:
             return
         try:
@@ -74,7 +74,7 @@ class Output:
 
 
 def print_result(result: Result, console: Console) -> None:
-    """Cases, ratios, settings, what failed and limits, and under them what they were measured on."""
+    """Print cases, ratios, settings, failures and limits, and the machine."""
     if result.cases:
         console.print(_table(result.bench, result.cases), "")
     if result.ratios:
@@ -87,7 +87,7 @@ def print_result(result: Result, console: Console) -> None:
 
 
 def print_remarks(remarks: Iterable[tuple[str, str]], console: Console) -> None:
-    """Names, and beside each its text in as many lines as it takes."""
+    """Print names with their texts beside them, wrapped."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(overflow="fold", max_width=_NAME_WIDTH)
     grid.add_column()
@@ -106,7 +106,7 @@ def machine_of(environment: Mapping[str, Any]) -> str:
 def bar_chart(result: Result) -> bytes:
     """The cases as horizontal bars at the median with whiskers from min to max, as a PNG; one panel for each unit.
 
-    Where the largest is many times the smallest, the axis is logarithmic: else only the largest could be read.
+    If the largest is many times the smallest, the axis is logarithmic, so that all can be read.
     """
     from lowrank_vit.report.style import INK, MODEL, MUTED, heading, log_ticks, new_figure, png, tidy
 
@@ -144,7 +144,7 @@ def where(result: Result) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits or all before the point: 12,345, 98.7, 1.53, 0.0421."""
+    """Three significant digits, or all before the point: 12,345, 98.7, 1.53, 0.0421."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 

@@ -1,1 +1,1 @@
-"""What the bench of the solver is made of: its exactness, and a refresh beside what it cost before."""
+"""Parts of the solver's bench: its accuracy, and a refresh compared with an earlier version."""

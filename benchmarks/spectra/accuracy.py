@@ -1,4 +1,4 @@
-"""How exact the solver is: matrices whose spectra are hard in one way each, against numpy's float64 SVD."""
+"""The solver's accuracy: matrices with spectra that are hard in different ways, against numpy's float64 SVD."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ TOP_LIMIT, LAST_LIMIT, SINE_LIMIT = 1e-12, 1e-6, 1e-6
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One matrix against numpy's float64 SVD of it."""
+    """Errors of one matrix against numpy's float64 SVD."""
 
     top: float
-    """Greatest relative error of the first 8 values."""
+    """Largest relative error of the first 8 values."""
     last: float
-    """Greatest relative error of the last 8, or for values below 1e-12 sigma_1 the error over sigma_1."""
+    """Largest relative error of the last 8; for values below 1e-12 sigma_1 the error divided by sigma_1."""
     sine: float
-    """Greatest sine between our and the true subspaces, both ends and sides, where the relative gap is above 0.001."""
+    """Largest sine between our and the true subspaces, at both ends and sides with a relative gap above 0.001."""
     ends: float | None
-    """As `top`, of the first values found alone, from those of the matrix moved by 0.3 %; None where they are left to
-    the whole spectrum."""
+    """As `top`, for the first values computed alone from those of the matrix moved by 0.3 %; None if the whole spectrum
+    was computed instead."""
     certified: bool
-    """No value of either end errs by more than its certificate, nor one that was found alone."""
+    """Whether no value at either end, or computed alone, has an error above its certificate."""
     solver: str
     """gram64, or svd after a fallback."""
 
     @property
     def passes(self) -> bool:
-        """Whether it is as exact as promised."""
+        """Whether the errors are within the promised limits."""
         is_right = self.top <= TOP_LIMIT and (self.ends is None or self.ends <= TOP_LIMIT)
         return is_right and self.last <= LAST_LIMIT and self.sine <= SINE_LIMIT and self.certified
 
 
 def accuracy_cases() -> dict[str, Tensor]:
-    """Matrices of ViT-Small's shapes whose spectra are hard in one way each, float64 but for the first three."""
+    """Matrices of ViT-Small's shapes with differently hard spectra, float64 except for the first three."""
     rng = np.random.default_rng(0)
 
     def haar(rows: int, cols: int) -> np.ndarray:
@@ -88,13 +88,13 @@ def _kahan(k: int, s: float) -> Tensor:
 
 
 def measure_accuracy(name: str, matrix: Tensor, threads: int, device: torch.device) -> Accuracy:
-    """Solve one matrix on `device` and hold it against numpy."""
+    """Solve one matrix on `device` and compare it with numpy."""
     found = solve({name: matrix.to(device)}, TOPK, cpu_threads=threads)[name]
     u, s, vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
     unit = s[0] or 1.0
     top, last = np.abs(found.top.s - s[:TOPK]), np.abs(found.last.s - s[::-1][:TOPK])
     scale = np.where(s[::-1][:TOPK] > 1e-12 * unit, s[::-1][:TOPK], unit)
-    # The reference itself errs by some eps sigma_1, which is no fault of the certificate.
+    # The reference itself has an error of some eps sigma_1, which the certificate does not cover.
     allowed = 32 * np.finfo(np.float64).eps * unit
     certified = (top <= found.top.certificate + allowed).all() and (last <= found.last.certificate + allowed).all()
     alone, of_alone = _alone(name, matrix.to(device), threads), None
@@ -134,7 +134,7 @@ def _greatest_sine(found: Solved, u: np.ndarray, s: np.ndarray, v: np.ndarray) -
 
 
 def print_accuracy(result: Result, console: Console) -> None:
-    """The accuracy section as a table that fits 80 columns."""
+    """Print the accuracy section as a table of 80 columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("against numpy's float64 SVD", overflow="fold")
     for heading in ("top 8", "last 8", "sine", "alone", "certified", "solver", ""):

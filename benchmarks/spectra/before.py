@@ -1,8 +1,8 @@
-"""A refresh of the spectra as it was at commit 3036a33, on a CPU: the rival of today's.
+"""A refresh of the spectra as at commit 3036a33, on a CPU, to compare with today's.
 
-All of |dW|'s values for its norm, a float64 copy of a whole stack for that, no index certificates, no blocks 1..p, no
-scales of thirds. Numbers are those of that day, but the fallback to an SVD is left out: what it is measured on needs
-none. Only what LAPACK is called with, and formulas that nothing has been done about since, are shared with today's.
+It computes all values of |dW| for its norm, with a float64 copy of a whole stack, and has no index certificates, no
+blocks 1..p and no scaling of thirds. Results are those of that commit; the fallback to an SVD is left out, since the
+measured matrices do not need it. Only LAPACK's calls and unchanged formulas are shared with today's code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass
 class Solved:
-    """All values (K,), and of both ends s (m,), u (R, m), v (C, m) and certificates (m,), the recorded ones."""
+    """All values (K,), and for both ends the recorded s (m,), u (R, m), v (C, m) and certificates (m,)."""
 
     s: np.ndarray
     ends: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
@@ -37,7 +37,7 @@ class Solved:
 
 @dataclass
 class Memory:
-    """What the next refresh is compared with, by "<kind>/<name>"."""
+    """The state with which the next refresh is compared, by "<kind>/<name>"."""
 
     first: dict[str, Solved] = field(default_factory=dict)
     last: dict[str, Solved] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Memory:
 def refresh(
     stacks: Mapping[str, list[MatrixStack]], topk: int, interval: int, threads: int, memory: Memory
 ) -> dict[str, dict[str, float]]:
-    """All numbers of all matrices; `memory` becomes that of this refresh."""
+    """All numbers of all matrices; `memory` is updated to this refresh."""
     solved: dict[str, Solved] = {}
     values: dict[str, dict[str, float]] = {}
     for kind, of_kind in stacks.items():

@@ -1,7 +1,7 @@
-"""A refresh of the spectra, model and EMA, beside what it cost before: two matrices of each of ViT-B's four shapes.
+"""A refresh of the spectra of model and EMA against an earlier version: two matrices of each of ViT-B's four shapes.
 
-Two sets: what training makes of weights, 32 directions above the bulk, and timm's initial weights, which have no gap
-anywhere (names with "_initial"). Between two refreshes the weights have moved by 0.3 % of their norm.
+Two sets: weights as after training, with 32 directions above the bulk, and timm's initial weights, which have no gap
+anywhere (names with "_initial"). Between two refreshes the weights move by 0.3 % of their norm.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ SHAPES: Mapping[str, tuple[int, int]] = {
     "mlp.fc2": (768, 3072),
 }
 LAYERS = 2
-"""Enough that a stack is more than one matrix, as the stacks of a model are."""
+"""Layers per shape, so that a stack has more than one matrix, as in a model."""
 TOPK, INTERVAL, MOVE = 8, 2, 0.003
 DIRECTIONS, LEAST, MOST = 32, 1.2, 10.0
-"""Of trained-like weights: their singular values are spaced by equal factors, in edges of the bulk."""
+"""For the trained weights: number of directions, and their least and largest value in units of the bulk's edge."""
 STD = 0.02
-"""Of timm's initial weights."""
+"""Standard deviation of timm's initial weights."""
 _UNIT = "matrices/s"
 
 
 class Cases(NamedTuple):
-    """What `cases` makes."""
+    """The result of `cases`."""
 
     cases: dict[str, Case]
     ratios: dict[str, tuple[str, str]]
@@ -47,7 +47,7 @@ class Cases(NamedTuple):
 
 
 def cases(threads: int, device: torch.device) -> Cases:
-    """Cases, and ratios of them; what it cost before only on a CPU, since the copy that was kept is of that way."""
+    """Cases and their ratios; the earlier version is only for a CPU."""
     found: dict[str, Case] = {}
     ratios: dict[str, tuple[str, str]] = {}
     fallbacks: dict[str, list[float]] = {}
@@ -68,7 +68,7 @@ def _in_words(which: str) -> str:
 
 
 def _of_today(moments: list[Stacks], threads: int, what: str, shares: list[float], *, full: bool) -> Case:
-    """One refresh of whole spectra, or the two of the first values behind one: the second has more to start from."""
+    """One complete refresh, or the two first-values refreshes after one; the second of these has more to start from."""
     settings = SpectralSettings(TOPK, INTERVAL, cpu_threads=threads, full_every=1 if full else 3)
     memory, timed = Memory(), moments[1:2] if full else moments[1:]
 
@@ -105,7 +105,7 @@ def _count(stacks: Stacks) -> int:
 
 
 def series(device: torch.device, shapes: Mapping[str, tuple[int, int]], *, is_initial: bool) -> list[Stacks]:
-    """Weights of model and EMA at three refreshes after one another."""
+    """Weights of model and EMA at three successive refreshes."""
     random = torch.Generator().manual_seed(0)
     model = {
         f"blocks.{layer}.{name}": weights(shape, random, is_initial=is_initial)
@@ -125,7 +125,7 @@ def series(device: torch.device, shapes: Mapping[str, tuple[int, int]], *, is_in
 
 
 def weights(shape: tuple[int, int], random: torch.Generator, *, is_initial: bool) -> Tensor:
-    """A float32 matrix (R, C) as timm makes it, or one that has more large values, as training leaves them."""
+    """A float32 matrix (R, C) as initialised by timm, or with large values added, as after training."""
     rows, cols = shape
     noise = torch.nn.init.trunc_normal_(torch.empty(rows, cols), std=STD, generator=random)
     if is_initial:
@@ -137,7 +137,7 @@ def weights(shape: tuple[int, int], random: torch.Generator, *, is_initial: bool
 
 
 def moved(weight: Tensor, random: torch.Generator, share: float) -> Tensor:
-    """The same with noise of this share of its Frobenius norm."""
+    """The weight plus noise of this share of its Frobenius norm."""
     scale = float(weight.abs().max()) or 1.0  # so that no square overflows
     deviation = share * scale * float(torch.linalg.vector_norm(weight / scale)) / weight.numel() ** 0.5
     return weight + deviation * torch.randn(weight.shape, dtype=weight.dtype, generator=random)

@@ -1,1 +1,1 @@
-"""Benches of a training run: its step, the run with data, the monitor beside it, its kernels."""
+"""Benches of a training run: its step, the run with data, the spectral monitor, and its kernels."""

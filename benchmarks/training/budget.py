@@ -1,4 +1,4 @@
-"""The budget of a step: ms by kind of work, what the device's ceilings allow at least and what a profile shows.
+"""The budget of a step: ms by kind of work, as limits from the device's peaks and as measured by a profile.
 
 `python -m benchmarks.training.budget` prints the limits of ViT-S and ViT-B on an H100.
 """
@@ -31,20 +31,20 @@ _KINDS = (
         re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitk|triton_(tem|mm)|conv(?!ert)|wgrad|dgrad|::b?mm$|addmm"),
     ),
 )
-"""Group and what names of its kernels or operators have in them, in lower case; the first that fits counts."""
+"""Groups, and parts of their kernels' or operators' names in lower case; the first match counts."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The most that a device does, as measured with one large product and one large copy."""
+    """Peak speeds of a device, measured with one large product and one large copy."""
 
     flops_per_s: float
-    """Of bfloat16 products; a multiply-add is two."""
+    """FLOP/s of bfloat16 products; a multiply-add counts as two."""
     bytes_per_s: float
-    """Read and written."""
+    """Bytes read plus bytes written, per second."""
 
     def ms(self, flops: float = 0.0, moved: float = 0.0) -> float:
-        """The least time for so much arithmetic and so many bytes, which can go on at once."""
+        """The least time for so many FLOPs and bytes, which can overlap."""
         return 1e3 * max(flops / self.flops_per_s, moved / self.bytes_per_s)
 
 
@@ -53,7 +53,7 @@ H100 = Ceilings(781e12, 2.98e12)
 
 
 def ceilings_of(device: torch.device) -> Ceilings:
-    """Measured now, in bfloat16."""
+    """Measure a device's peaks, in bfloat16."""
     size, flops = (1 << 30, 1e10) if device.type == "cuda" else (1 << 26, 1e8)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     cases = {
@@ -65,10 +65,10 @@ def ceilings_of(device: torch.device) -> Ceilings:
 
 
 def group_of(name: str) -> str:
-    """The group of a kernel, or of an operator of torch's, by its name.
+    """The group of a kernel, or of a torch operator, by its name.
 
-    A kernel that torch.compile has written of several operators counts for the norms and activations if one is among
-    them, else for the rest.
+    A kernel that torch.compile has fused from several operators belongs to norms and activations if it contains one,
+    otherwise to the rest.
     """
     lower = name.lower()
     if _OF_TRITON.match(lower):
@@ -77,7 +77,7 @@ def group_of(name: str) -> str:
 
 
 def groups_of(spans: Iterable[tuple[str, float]], steps: int) -> dict[str, float]:
-    """Milliseconds a step of each group, of names and microseconds in `steps` steps."""
+    """Milliseconds per step of each group, from names and microseconds of `steps` steps."""
     found: dict[str, float] = dict.fromkeys(GROUPS, 0.0)
     for name, took in spans:
         found[group_of(name)] += took / 1e3 / steps
@@ -85,12 +85,12 @@ def groups_of(spans: Iterable[tuple[str, float]], steps: int) -> dict[str, float
 
 
 def limits_ms(model: nn.Module, batch_size: int, ceilings: Ceilings) -> dict[str, float] | None:
-    """The least milliseconds of each group in a step of one of timm's plain ViTs; None for another model.
+    """The least milliseconds per step of each group for one of timm's plain ViTs; None for another model.
 
-    The step is that of bfloat16 autocast: weights, their gradients and the sum that runs through the blocks are
-    float32, what products read and write is bfloat16. Each kind of work is one pass that reads and writes each number
-    once, backward and forward. Recomputing nothing, the backward pass has two products for each one of the forward
-    pass, but for the images, which need no gradient.
+    The step uses bfloat16 autocast: weights, their gradients and the residual stream are float32; inputs and outputs of
+    products are bfloat16. Each kind of work is one pass that reads and writes each number once, forward and backward.
+    Without recomputation, the backward pass has two products for each one of the forward pass, except for the images,
+    which need no gradient.
     """
     blocks, plain = getattr(model, "blocks", None), cast(Any, model)
     mlp: Any = getattr(blocks[0], "mlp", None) if isinstance(blocks, nn.Sequential) and len(blocks) else None
@@ -124,10 +124,9 @@ def limits_ms(model: nn.Module, batch_size: int, ceilings: Ceilings) -> dict[str
 def rows_of(
     columns: Mapping[str, Mapping[str, float] | None], batch_size: int, clock_ms: Mapping[str, float] | None = None
 ) -> list[list[str]]:
-    """A table's rows by group, with sum and img/s below; a column that is None was not measured.
+    """Rows of a table by group, followed by sum and img/s; a column that is None was not measured.
 
-    With `clock_ms`, what a step takes by the clock in some of the columns, rows below tell that and how much of it the
-    device had nothing to do.
+    With `clock_ms`, the wall time of a step in some of the columns, further rows give it and the device's idle time.
     """
     sums = {name: None if one is None else sum(one.values()) for name, one in columns.items()}
     rows = [[group, *(_ms(None if one is None else one[group]) for one in columns.values())] for group in GROUPS]
@@ -138,7 +137,7 @@ def rows_of(
     idle, clock, speed = ["the device is idle"], ["by the clock"], ["as img/s"]
     for name, of_device in sums.items():
         took = clock_ms.get(name)
-        if of_device is not None and took is None:  # a limit, which no clock tells
+        if of_device is not None and took is None:  # a limit has no wall time
             cells = "", "", ""
         else:
             not_at_work = None if of_device is None or took is None else took - of_device
@@ -157,7 +156,7 @@ def _img_per_s(ms: float | None, batch_size: int) -> str:
 
 
 def main() -> None:
-    """Print the limits."""
+    """Print the limits for an H100."""
     import timm
 
     for name in ("vit_small_patch16_224", "vit_base_patch16_224"):

@@ -1,4 +1,4 @@
-"""What a run's decoder gives while its step runs: the most that training can take from it."""
+"""The speed of a run's decoder while its step runs: an upper bound for training."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
 
 _AHEAD = 2
-"""Batches that the host may have taken and that are still to be made by the device, as it is in training."""
+"""Batches that the host may have taken before the device has made them, as in training."""
 
 
 def nothing_taken() -> float:
-    """Images a second where nothing was decoded."""
+    """Images per second if nothing was decoded."""
     return 0.0
 
 
 @dataclass(frozen=True)
 class DecodingCase(Case):
-    """A case that says itself how fast it was."""
+    """A case that measures its own speed."""
 
     speed: Callable[[], float] = nothing_taken
-    """Images a second of the last round."""
+    """Images per second of the last round."""
 
     def sample(self, seconds: float) -> float:
-        """The speed, whatever the round took."""
+        """The speed, independent of the round's duration."""
         return self.speed()
 
 
 class DecodingBeside:
-    """A second loader as the run's, whose batches a thread takes and drops while the step runs on one that stays."""
+    """A second loader like the run's; a thread takes and drops its batches while the step runs on a fixed batch."""
 
     def __init__(self, training: TrainingRun) -> None:
-        """It is opened for the first round."""
+        """The loader is opened in the first round."""
         self._training, self._stream = training, side_stream(training.device)
         self._loader: Loader | None = None
         self._thread: threading.Thread | None = None
@@ -66,7 +66,7 @@ class DecodingBeside:
         beton = Beton(Path(config.data_dir) / "train.beton")
         try:
             return open_loader(beton, setup.plan, setup.device, options, prepare=loader._prepare)[0]
-        except UserError as error:  # which would end the bench
+        except UserError as error:  # a UserError would end the bench
             raise RuntimeError(str(error)) from error
 
     @property
@@ -74,29 +74,29 @@ class DecodingBeside:
         return self._training.timed.trainer.setup.train_loader
 
     def case(self) -> DecodingCase:
-        """Of the bench."""
+        """The case for the bench."""
         setting = "the decoder alone, as in end_to_end, while the step runs on a batch that stays"
         around = self._start, self._stop
         return DecodingCase(self._run, self._training.items, "img/s", setting, *around, speed=self._speed)
 
     def close(self) -> None:
-        """End what is decoded, and close the loader."""
+        """Stop decoding, and close the loader."""
         self._stop()
         if self._loader is not None:
             self._loader.close()
 
     def _start(self) -> None:
-        """Begin to decode; until the queue is as full as it will be."""
+        """Start decoding, and wait until the queue is full."""
         self._loader = self._loader or self._open()
         self._times, self._failed, self._is_over = list[float](), list[BaseException](), threading.Event()
         self._thread = threading.Thread(target=self._take, args=(self._loader,), daemon=True)
         self._thread.start()
-        self._training.timed.held(1)  # its first use makes the batch
+        self._training.timed.held(1)  # the first use makes the batch
         while len(self._times) < warming_updates(self._training.config.data.prefetch) and self._thread.is_alive():
             time.sleep(0.002)
 
     def _run(self) -> None:
-        """Steps until as many batches were decoded as there are steps in a round, or a round's steps at least."""
+        """Run at least a round's steps, until as many batches are decoded."""
         assert self._thread is not None
         steps, self._first = self._training.load.steps, len(self._times)
         while self._thread.is_alive():
@@ -130,5 +130,5 @@ class DecodingBeside:
                                 self._times.append(time.perf_counter())
                             if self._is_over.is_set():
                                 return
-        except BaseException as error:  # told where it is waited for
+        except BaseException as error:  # raised where the thread is waited for
             self._failed.append(error)

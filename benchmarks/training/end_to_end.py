@@ -1,7 +1,7 @@
 """The bench `end-to-end`: training from a .beton with the full recipe, split into the phases of a step.
 
-The loop is the trainer's own, listened to; beside it runs the same step on a batch that stays on the device, and on
-CUDA the decoder on its own while that step runs.
+The loop is the trainer's own, with a listener. It is compared with the same step on a batch that stays on the device
+and, on CUDA, with the decoder alone while that step runs.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def run(
 ) -> Result:
     """Measure both cases and the phases.
 
-    Beside cases and ratios the result holds the sections workload, shares (of the step's time, 0-1), bottleneck, queue
-    (decoded batches that waited, by round) and refreshes (of the spectra, by round). Raises `UserError`.
+    The result also has the sections workload, shares (of the step's time, 0-1), bottleneck, queue (waiting decoded
+    batches, by round) and refreshes (of the spectra, by round). Raises `UserError`.
     """
     with training_run(options, note) as training:
         return measure_end_to_end(training, note, keep)
@@ -47,7 +47,7 @@ def measure_end_to_end(
     *,
     decodes_alone: bool = True,
 ) -> Result:
-    """`run`, of a run that is there; on CUDA also the decoder on its own, unless `decodes_alone` is False."""
+    """As `run`, for an existing run; on CUDA also the decoder alone, unless `decodes_alone` is False."""
     load, timed, device = training.load, training.timed, training.device
     spectra = f"every {training.spec_every} updates" if training.spec_every else "once a round"
     is_watched = timed.trainer.config.spectra.spec_monitor
@@ -88,7 +88,7 @@ def measure_end_to_end(
 
 
 def _with_smaller(result: Result) -> Result:
-    """With the ratio to the smaller of what the step takes and what the decoder gives beside it, round by round."""
+    """Add the ratio to the slower of step and decoder, round by round."""
     names = ("end_to_end", "synthetic", "decoder_beside_step")
     if not set(names) <= set(result.cases):
         return result
@@ -98,7 +98,7 @@ def _with_smaller(result: Result) -> Result:
 
 
 def held_case(training: TrainingRun, setting: str, steps: int | None = None) -> Case:
-    """Images a second of the run's step on a batch that stays on the device."""
+    """Images per second of the run's step on a batch that stays on the device."""
     count = steps or training.load.steps
 
     def run() -> None:
@@ -110,7 +110,7 @@ def held_case(training: TrainingRun, setting: str, steps: int | None = None) -> 
 def what_was_seen(
     rounds: Sequence[Round], steps: int, prefetch: int, *, is_watched: bool = True
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Of the loader's queue and of the monitor: sentences for the reader, and the sections `queue` and `refreshes`."""
+    """Sentences about the loader's queue and the monitor, and the sections `queue` and `refreshes`."""
     queue: dict[str, Any] = {
         "prefetch": prefetch,
         "mean": [one.queue_depth for one in rounds],

@@ -1,7 +1,7 @@
-"""The bench `training`: what is measured with the one compiled step of a run, a figure at a time.
+"""The bench `training`: measurements with the one compiled step of a run, one figure at a time.
 
-`bench step`, `end-to-end`, `augment` and `spectral` measure more, and each compiles steps of its own. Where `all`
-measures several of these figures in one process, the run and its step are made once.
+The benches `step`, `end-to-end`, `augment` and `spectral` measure more, and compile their own steps. If `all` measures
+several of these figures in one process, the run and its step are made once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from lowrank_vit.common.devices import pick_device
 
 Figure = Literal["prepare", "step", "end-to-end", "monitor", "augment", "kernels"]
 TIMMS = "timm_step"
-"""timm's table among those of kernels."""
+"""Name of timm's table of kernels."""
 WARM_UP_STEPS = 20
-"""Of a compiled step, before the first round: compiling, and what is chosen or allocated in the first few."""
+"""Compiled steps before the first round, for compilation, autotuning and allocation."""
 LIMITS = (
     "Ours normalises, mixes and erases in the step; timm's images are normalised and its targets soft before: its "
     "loader does that.",
@@ -71,7 +71,7 @@ def run(
             return _kernels(training, steps, note)
         cases, ratios, more = _FIGURES[options.figure](training, options, steps)
         surroundings = training.environment
-        if options.figure == "step":  # lest it is lost while timm's step is compiled
+        if options.figure == "step":  # so that it is not lost while timm's step is compiled
             ours = {name: case for name, case in cases.items() if name.startswith("ours")}
             keep(measure("step", ours, {}, environment=surroundings, repeats=1, warmup=0))
         result = measure(
@@ -137,12 +137,12 @@ def _augment(training: TrainingRun, options: Options, steps: int) -> _Figure:
 
 
 def _timms(training: TrainingRun, steps: int) -> Case:
-    """Timm's step, which is compiled once for a run of ours."""
+    """Timm's step, which is compiled once per run."""
     if training.timms is None:
         make = partial(timm_case, training.load, training.device, training.way, training.config)
         training.timms = Case.of_peer(make)
     run = training.timms.run
-    if not isinstance(run, partial):  # it could not be made, which its run tells
+    if not isinstance(run, partial):  # it could not be made, as its run will tell
         return training.timms
     return replace(training.timms, run=partial(run.func, steps), items=training.load.batch_size * steps)
 
@@ -161,7 +161,7 @@ _FIGURES: dict[str, Callable[[TrainingRun, Options, int], _Figure]] = {
 
 
 def _kernels(training: TrainingRun, steps: int, note: Callable[[str], object]) -> Result:
-    """The tables in the section `kernels`, by what was profiled; their sums as cases; the budget of a step."""
+    """Profile steps: tables in the section `kernels`, their sums as cases, and the budget of a step."""
     timed, device = training.timed, training.device
     note("profiling the step")
     timed.held(WARM_UP_STEPS if training.way == "compiled" else 1)
@@ -172,7 +172,7 @@ def _kernels(training: TrainingRun, steps: int, note: Callable[[str], object]) -
     try:
         timms.first()
         tables[TIMMS] = profiled(timms.run, steps, device)
-    except Exception as error:  # somebody else's code
+    except Exception as error:  # a peer's code
         failed[TIMMS] = reason_of(error)
     note("profiling the run")
     around = timed.before, timed.after
@@ -187,7 +187,7 @@ def _kernels(training: TrainingRun, steps: int, note: Callable[[str], object]) -
         "Shares are of a step's time by the clock, as it takes without a profile.",
     )
     limit = None
-    if training.dtype is torch.bfloat16:  # which the limits are counted for
+    if training.dtype is torch.bfloat16:  # the limits are for bfloat16
         limit = limits_ms(timed.trainer.setup.model, training.load.batch_size, ceilings_of(device))
     groups = {name: table["groups"] for name, table in tables.items()}
     shown = {"limit": limit, "timm": groups.get(TIMMS), "ours": groups["step"]}

@@ -27,10 +27,10 @@ def profiled(
     before: Callable[[], object] = nothing,
     after: Callable[[], object] = nothing,
 ) -> dict[str, Any]:
-    """A table of what `run`, which takes `steps` steps and waits for the device, spends its time on, see `table_of`.
+    """A table of where `run`, which takes `steps` steps and waits for the device, spends its time; see `table_of`.
 
-    On cuda these are the device's kernels and copies, of all streams; on a CPU torch's operators without what they
-    call. `run` goes first once with the clock and without the profile, which would slow it down; `before` and `after`
+    On CUDA the rows are the device's kernels and copies of all streams; on a CPU, torch's operators without the
+    operators that they call. `run` is first timed once without the profiler, which slows it down; `before` and `after`
     are called around it each time.
     """
     before()
@@ -49,18 +49,18 @@ def profiled(
 
 
 def of_kernels(events: Iterable[Any]) -> list[Span]:
-    """What ran on the device, without the ranges that somebody has named, which hold kernels."""
+    """The kernels and copies on the device, without named ranges, which contain kernels."""
     on_device = (event for event in events if event.device_type == DeviceType.CUDA)
     return [(event.name, event.time_range.elapsed_us()) for event in on_device if not event.is_user_annotation]
 
 
 def of_operators(events: Iterable[Any]) -> list[Span]:
-    """What torch's operators took of the host, each without those that it calls."""
+    """Host time of torch's operators, each without the operators that it calls."""
     return [(event.name, event.self_cpu_time_total) for event in events if event.device_type == DeviceType.CPU]
 
 
 def table_of(spans: Iterable[Span], steps: int, step_ms: float) -> dict[str, Any]:
-    """The `MOST_ROWS` names that took most: ms a step, runs a step, and share of the `step_ms` of a step, 0-1.
+    """The `MOST_ROWS` names that took most time: ms per step, runs per step, and share of `step_ms`, 0-1.
 
     The sections are `steps`, `step_ms`, `ms` (of all names, a step), `runs` (likewise), `groups` (ms a step by kind of
     work), `rows`, and `others` (how many are in no row).

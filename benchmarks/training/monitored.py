@@ -20,14 +20,14 @@ from lowrank_vit.spectral.watching.refresh import SpectralSettings
 
 EVERY = 10
 WARM_UP_STEPS = 20
-"""Before the first block: compiling, cuDNN's and the allocator's first steps."""
+"""Steps before the first block, for compilation, cuDNN and the allocator."""
 
 
 class MonitorOfBlocks:
-    """A monitor that is there in some blocks of steps and not in others."""
+    """A monitor that is on in some blocks of steps and off in others."""
 
     def __init__(self, model: nn.Module, ema: nn.Module | None, *, has_norms: bool = True) -> None:
-        """Without `has_norms` it leaves |dW|_2 and |dW|_F out, to tell what they cost."""
+        """Without `has_norms` it leaves out |dW|_2 and |dW|_F, to measure their cost."""
         self._has_norms, self._norms = has_norms, refresh.update_norms
         self.figures: dict[str, list[float]] = {"refresh_s": [], "skipped": []}
         """Seconds of each refresh, and how many were skipped in each block."""
@@ -36,7 +36,7 @@ class MonitorOfBlocks:
         self._monitor: SpectralMonitor | None = None
 
     def start(self) -> None:
-        """Before a block with it."""
+        """Start before a block with the monitor."""
         self._folder = tempfile.TemporaryDirectory()
         if not self._has_norms:
             refresh.update_norms = lambda *_: {}
@@ -48,25 +48,25 @@ class MonitorOfBlocks:
             settings=settings,
             store_dir=Path(self._folder.name),
         )
-        # The first has nothing to be compared with, and starts the process that computes the host's part.
+        # The first refresh has no predecessor, and starts the process that computes the host's part.
         self._monitor.observe(0)
         self._monitor.wait()
         self._monitor.records()
 
     def observe(self, update: int) -> None:
-        """After each update; nothing in a block without it."""
+        """Call after each update; does nothing in a block without the monitor."""
         if self._monitor is not None:
             self._monitor.observe(update)
 
     def stop(self) -> None:
-        """After the block: wait for the last refresh, and note the figures. Raises `UserError` if there are none."""
+        """Stop after the block: wait for the last refresh, and note figures. Raises `UserError` if there are none."""
         assert self._monitor is not None
         assert self._folder is not None
         self._monitor.close()
         refresh.update_norms = self._norms
         records = self._monitor.records()
         if self._monitor.failed:
-            raise UserError("A refresh of the spectra failed, as said above: these would be figures of less work.")
+            raise UserError("A refresh of the spectra failed, see above, so the figures would be of less work.")
         if not records:
             raise UserError(f"No refresh was due in a block; give --steps {EVERY} or more.")
         self.figures["refresh_s"] += [record.values["spec/refresh/seconds"] for record in records]
@@ -76,7 +76,7 @@ class MonitorOfBlocks:
 
 
 class _Training:
-    """A model with its EMA, and one synthetic batch that is used again and again."""
+    """A model with its EMA, and one synthetic batch that is reused."""
 
     def __init__(self, model_name: str, batch_size: int, steps: int, device: torch.device) -> None:
         import timm
@@ -93,11 +93,11 @@ class _Training:
         self._targets = torch.zeros(batch_size, dtype=torch.long, device=device)
         self._ema = ModelEmaV3(self.model)
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device.type == "cuda")
-        # dynamic=False: else the second batch size would be compiled for any, slower than the first.
+        # dynamic=False: otherwise the second batch size would get code for any size, slower than the first.
         is_compiled = device.type == "cuda"
         self._loss = torch.compile(self._compute_loss, dynamic=False) if is_compiled else self._compute_loss
         self._warm_up_steps = WARM_UP_STEPS if is_compiled else 0
-        self._stream = side_stream(device, FIRST)  # as the trainer's, where the spectra are watched
+        self._stream = side_stream(device, FIRST)  # as in the trainer with the spectral monitor
         self.monitors = [MonitorOfBlocks(self.model, self._ema.module, has_norms=has) for has in (True, False)]
 
     def _compute_loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -105,11 +105,11 @@ class _Training:
             return nn.functional.cross_entropy(self.model(images).float(), targets)
 
     def warm_up(self) -> None:
-        """Not timed, once."""
+        """Run once, not timed."""
         self._train(self._warm_up_steps)
 
     def run(self) -> None:
-        """The timed part: it ends when the steps are done, not when the last refresh is."""
+        """The timed part: ends when the steps are done, even if the last refresh is not."""
         self._train(self._steps)
 
     def _train(self, steps: int) -> None:
@@ -129,9 +129,10 @@ class _Training:
 def step_cases(
     model_name: str, batch_size: int, steps: int, device: torch.device, names: tuple[str, str, str]
 ) -> tuple[dict[str, Case], dict[str, list[float]]]:
-    """Cases by name: steps without a monitor, with one, and with one that leaves the norms of changes out.
+    """Cases by name: steps without the monitor, with it, and with a monitor that leaves out the norms of changes.
 
-    And a dictionary that fills with "refresh_s" (each refresh) and "skipped" (each block) of the whole monitor.
+    Also returns a dictionary that is filled with "refresh_s" (per refresh) and "skipped" (per block) of the full
+    monitor.
     """
     without, with_monitor, without_norms = names
     training = _Training(model_name, batch_size, steps, device)

@@ -1,4 +1,4 @@
-"""A training run with the full recipe that several figures are taken from, so that its step is compiled once."""
+"""A training run with the full recipe that several figures share, so that its step is compiled once."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ AUGMENTATION = (
     *("--mixup", "0.8", "--cutmix", "1.0"),
 )
 STEPS = {"cuda": 40, "cpu": 20}
-"""Steps a round, by device: many times what a loader decodes ahead, and half a second at least."""
+"""Steps per round, by device: many times what a loader decodes ahead, and at least half a second."""
 SPARE_ROUNDS = 3
-"""Rounds an epoch must have beside those that count: one that does not, and those of the profile."""
+"""Rounds that an epoch must have besides those that count: a warm-up round, and those of the profile."""
 
 _BY_DEVICE = "(default: by the device)"
 
@@ -71,7 +71,7 @@ class Options:
     """Where photographs and converted sets are kept."""
 
     def workload(self, device: torch.device) -> Workload:
-        """Of the device, with what was given over it. Raises `UserError`."""
+        """The device's workload with the given options. Raises `UserError`."""
         for name in ("count", "img_size", "batch_size", "steps", "workers", "spec_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -82,10 +82,10 @@ class Options:
 
 
 class TrainingRun:
-    """The run in rounds, ready to be timed, with what its figures say of it."""
+    """The run in rounds, ready to be timed, with its description for the results."""
 
     def __init__(self, options: Options, note: Callable[[str], object] = nothing) -> None:
-        """Make the set and the run, which takes no update yet. Raises `UserError`."""
+        """Make the set and the run, without any update. Raises `UserError`."""
         check_repeats(options.repeats)
         self.device = pick_device(options.device)
         self.load, self.repeats, self.spec_every = options.workload(self.device), options.repeats, options.spec_every
@@ -105,16 +105,16 @@ class TrainingRun:
         self.train_flops, self.items = setup.train_flops, self.load.batch_size * self.load.steps
         self.dtype = dtype_of(self.config)
         self.timms: Case | None = None
-        """timm's step of the same model, where a figure has wanted it."""
+        """timm's step of the same model, if a figure needs it."""
         self.attention = attention_backend(setup.model, self.load.batch_size, self.dtype, self.device)
         self.setting = (
             f"{self.load.model}, {self.load.img_size} px, batch {self.load.batch_size}, {self.way}, AdamW, EMA"
         )
 
     def about(self, steps: int | None = None) -> dict[str, Any]:
-        """Sections of a result: the workload and how it was run; `steps` a round, where they are others."""
+        """Sections of a result about the workload and how it was run; `steps`: per round, if they differ."""
         setup, load = self.timed.trainer.setup, replace(self.load, steps=steps or self.load.steps)
-        data = setup.config.data  # with what was chosen where the options leave it open
+        data = setup.config.data  # with the values chosen for options that were not given
         return {
             "workload": {name: getattr(load, name) for name in ("model", "img_size", "batch_size", "steps")},
             "attention": self.attention,
@@ -137,20 +137,20 @@ _kept: ContextVar[dict[Options, TrainingRun] | None] = ContextVar("kept", defaul
 
 @contextmanager
 def kept_open() -> Generator[None]:
-    """Inside, a run stays open for the next figure of the same options, unless its loop has ended."""
+    """Within this context a run stays open for the next figure with the same options, unless its loop has ended."""
     runs: dict[Options, TrainingRun] = {}
     token = _kept.set(runs)
     try:
         yield
     finally:
         _kept.reset(token)
-        for run in reversed(runs.values()):  # each has put its handlers of signals over those of the one before
+        for run in reversed(runs.values()):  # each has set its signal handlers over those of the one before
             run.close()
 
 
 @contextmanager
 def training_run(options: Options, note: Callable[[str], object] = nothing) -> Generator[TrainingRun]:
-    """The run of these options: a new one, or inside of `kept_open` the one that is there. Raises `UserError`."""
+    """The run of these options: a new one, or within `kept_open` an existing one. Raises `UserError`."""
     runs, key = _kept.get(), key_of(options)
     run = (runs or {}).get(key) or TrainingRun(key, note)
     if runs is not None:
@@ -165,12 +165,12 @@ def training_run(options: Options, note: Callable[[str], object] = nothing) -> G
 
 
 def key_of(options: Options) -> Options:
-    """Without the further options that a bench may have, which are not the run's."""
+    """The run's options only, without further options of a bench."""
     return Options(**{field.name: getattr(options, field.name) for field in fields(Options)})
 
 
 def attention_backend(model: torch.nn.Module, batch_size: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Torch's name of what computes the attention of the model's blocks, "unknown" where that cannot be said."""
+    """Torch's name of the attention backend of the model's blocks; "unknown" if it cannot be found."""
     try:
         block: Any = model.get_submodule("blocks.0.attn")
         embedding: Any = model.get_submodule("patch_embed")
@@ -179,26 +179,26 @@ def attention_backend(model: torch.nn.Module, batch_size: int, dtype: torch.dtyp
         q.requires_grad_()
         chosen = torch._fused_sdp_choice(q, q, q)  # pyright: ignore[reportPrivateUsage]
         return torch.nn.attention.SDPBackend(chosen).name.lower()
-    except Exception:  # a private function of torch's, and a model that may have no such block
+    except Exception:  # a private function of torch, and the model may have other blocks
         return "unknown"
 
 
 def with_data(synthetic: Config, folder: Path, flags: list[str]) -> Config:
-    """The same run from the .beton files of `folder`."""
+    """The same run with the .beton files of `folder`."""
     data = parse(["--data-dir", str(folder), "--epochs", "1000", *RECIPE, *flags], prog="bench")
     sizes = {"batch_size": synthetic.data.batch_size, "img_size": synthetic.data.img_size}
-    # The bench validates nothing; a small validation batch keeps its loader small.
+    # The bench does not validate; a small validation batch keeps that loader small.
     of_data = replace(data.data, **sizes, validation_batch_size=1)
     return replace(synthetic, data=of_data, augment=data.augment)
 
 
 def way_on(device: torch.device) -> str:
-    """How steps are run there."""
+    """How steps are run on the device: "compiled" or "eager"."""
     return "compiled" if device.type == "cuda" else "eager"
 
 
 def prepare(options: Options, note: Callable[[str], object] = nothing) -> None:
-    """Make the set of a run, and have the decoder's speeds measured, which stay beside it. Raises `UserError`."""
+    """Make the set of a run, and measure the decoder's speeds, which are stored beside it. Raises `UserError`."""
     device = pick_device(options.device)
     with ExitStack() as stack:
         config, _ = _config(options, options.workload(device), device, stack, note)
@@ -212,7 +212,7 @@ def prepare(options: Options, note: Callable[[str], object] = nothing) -> None:
 def _config(
     options: Options, load: Workload, device: torch.device, stack: ExitStack, note: Callable[[str], object]
 ) -> tuple[Config, int]:
-    """Of the run, and how often the set is in its training set."""
+    """The run's configuration, and how often the set is repeated in its training set."""
     base = config_of(load, device, way_on(device))
     folder, times = _data_folder(options, load, base, stack, note)
     workers = options.workers or (available_cores() if device.type == "cpu" else None)
@@ -223,9 +223,10 @@ def _config(
 def _data_folder(
     options: Options, load: Workload, config: Config, stack: ExitStack, note: Callable[[str], object]
 ) -> tuple[Path, int]:
-    """A folder with train.beton and val.beton, of --data or of photographs, and how often the set is in train.beton.
+    """A folder with train.beton and val.beton, from --data or photographs, and how often the set is in train.beton.
 
-    So often that an epoch is longer than all rounds. That of photographs stays, and with it what is measured of it.
+    It is repeated until an epoch is longer than all rounds. The folder of photographs is kept, with its measured
+    speeds.
     """
     if options.data is not None:
         beton = open_given(options.data)

@@ -1,10 +1,9 @@
-"""The trainer's own loop in rounds, its phases timed, so that a round is a stretch of a long run.
+"""The trainer's own loop in rounds with timed phases, so that a round is a part of a long run.
 
-The trainer hands over after each update, so a round takes so many of its updates and leaves the run standing where it
-is. A stretch begins with the decoder, its queue and the step as they are in the middle of an epoch, and pays for all
-that it uses: what was decoded before it is as much as what is decoded for the time after it. So a round is begun by
-updates that do not count, and ended by waiting until the decoder is as far ahead as it may be and stands still, since
-nothing may decode while other cases run.
+The trainer yields after each update, so a round takes a number of updates and then pauses the run. A round starts with
+the decoder, its queue and the step as in the middle of an epoch, and it pays for all that it uses: as much is decoded
+before it as for the time after it. Therefore a round starts with updates that do not count, and ends by waiting until
+the decoder is as far ahead as possible and stops, since nothing may decode while other cases run.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from lowrank_vit.training.phases import Phase
 from lowrank_vit.training.trainer import COLD_UPDATES, Trainer
 
 PHASES = ("data", "augment", "inputs", "forward", "backward", "optimizer", "ema", "monitor", "other")
-"""In the order of a step; "augment" is beside the step on CUDA."""
+"""Phases in the order of a step; on CUDA "augment" runs beside the step."""
 _OF_TRAINER: Mapping[Phase, str] = {
     "data": "data",
     "augment": "augment",
@@ -47,9 +46,9 @@ _OF_TRAINER: Mapping[Phase, str] = {
     "ema": "ema",
     "refresh": "monitor",
 }
-"""The trainer's phases that are told apart, by its name for each."""
+"""The phases here by the trainer's names."""
 HELD_PLANS = 8
-"""Different draws of mixing and erasing that go round while the step runs on one batch."""
+"""Different draws of mixing and erasing, used in turn while the step runs on one batch."""
 
 Moment = Any
 """Seconds of the clock, or a CUDA event."""
@@ -57,7 +56,7 @@ Moment = Any
 
 @dataclass(frozen=True)
 class Phases:
-    """Milliseconds a step of each phase, a sample a round."""
+    """Milliseconds per step of each phase, one sample per round."""
 
     ms: Mapping[str, tuple[float, ...]]
     overlaps: frozenset[str] = frozenset()
@@ -69,12 +68,12 @@ class Phases:
         return cls({name: tuple(1e3 * one[name] / steps for one in rounds) for name in PHASES}, overlaps)
 
     def shares(self) -> dict[str, float]:
-        """Median share of each phase in the step's time, 0-1; those that run beside it are not in the sum."""
+        """Median share of each phase in the step's time, 0-1; phases beside the step are not in the sum."""
         steps = [sum(self.ms[name][n] for name in PHASES if name not in self.overlaps) for n in range(self._rounds)]
         return {name: median(a / b for a, b in zip(self.ms[name], steps, strict=True)) for name in PHASES}
 
     def bottleneck(self) -> str:
-        """The phase that takes most of the step; what runs beside the step shows as waiting for data, if at all."""
+        """The phase that takes most of the step; a phase beside the step only shows as waiting for data."""
         shares = self.shares()
         return max((name for name in PHASES if name not in self.overlaps), key=lambda name: shares[name])
 
@@ -84,7 +83,7 @@ class Phases:
 
 
 class Timer:
-    """Listens to a trainer and adds up the time of its phases; nothing waits for the device but `seconds`."""
+    """Listens to a trainer and adds up the time of its phases; only `seconds` waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -92,26 +91,26 @@ class Timer:
         self._begun: dict[str, Moment] = {}
 
     def begin(self, phase: Phase) -> None:
-        """A phase of the trainer's begins, on the current stream; what is outside of the rounds is not timed."""
+        """Start a phase of the trainer, on the current stream; phases outside of rounds are not timed."""
         if phase in _OF_TRAINER and "round" in self._begun:
             self._begun[phase] = self._now()
 
     def end(self, phase: Phase) -> None:
-        """It ends."""
+        """End a phase."""
         if phase in _OF_TRAINER and phase in self._begun:
             self._spans.append((_OF_TRAINER[phase], self._begun.pop(phase), self._now()))
 
     def begin_round(self) -> None:
-        """What was noted so far does not count."""
+        """Discard everything noted so far."""
         self._spans.clear()
         self._begun = {"round": self._now()}
 
     def end_round(self) -> None:
-        """The round's last update has been asked for."""
+        """End the round; its last update was requested."""
         self._spans.append(("other", self._begun.pop("round"), self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each phase of the round; waits for the device. "other" is what of the round is in no phase."""
+        """Seconds of each phase of the round; waits for the device. "other" is the time outside of all phases."""
         wait(self._device)
         sums: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         is_event = self._device.type == "cuda"
@@ -124,7 +123,7 @@ class Timer:
         return sums
 
     def _now(self) -> Moment:
-        """This moment on the current stream."""
+        """The current time on the current stream."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -133,17 +132,17 @@ class Timer:
 
 
 def batches_ahead(prefetch: int) -> int:
-    """As many batches as a loader may have under way or ready: decoding, waiting, and on CUDA one prepared."""
+    """How many batches a loader may have in work or ready: decoding, waiting, and on CUDA one prepared."""
     return 2 * prefetch + 1
 
 
 def warming_updates(prefetch: int) -> int:
-    """Updates before a round that do not count: more than the loader can have ahead, so that its queue is steady."""
+    """Updates before a round that do not count: more than the loader can be ahead, so that its queue is steady."""
     return batches_ahead(prefetch) + 2
 
 
 def first_updates(config: Config, steps: int) -> int:
-    """Updates before the first round: those that compile, and as many more as bring a refresh into each round.
+    """Updates before the first round: for compilation, and as many more as put a refresh into each round.
 
     With a refresh every `warming_updates` + `steps` updates it is due at the first update of each round.
     """
@@ -154,31 +153,31 @@ def first_updates(config: Config, steps: int) -> int:
 
 
 def updates_of_rounds(config: Config, steps: int, rounds: int) -> int:
-    """All updates of so many rounds, and one more, so that the epoch does not end with the last of them."""
+    """All updates of so many rounds, plus one, so that the epoch does not end with the last round."""
     return first_updates(config, steps) + rounds * (warming_updates(config.data.prefetch) + steps) + 1
 
 
 @dataclass(frozen=True)
 class Round:
-    """What was seen of one round."""
+    """Measurements of one round."""
 
     seconds: dict[str, float]
-    """By phase."""
+    """Seconds by phase."""
     queue_depth: float
     """Mean number of decoded batches that waited when one was asked for."""
     waiting_at_start: int
     waiting_at_end: int
-    """Decoded batches that waited then; if more at the start, those were decoded in nobody's time."""
+    """Decoded batches waiting then; if there are more at the start, they were decoded outside of the timed part."""
     refreshes: int
     """Refreshes of the spectra that were due in the round and not skipped."""
     skipped: int
-    """Those that were due while one was still being computed."""
+    """Refreshes that were due while the previous one was still running."""
     refresh_tail_s: float
-    """How long the last refresh went on after the round; this is in nobody's time."""
+    """How long the last refresh ran after the round; this is not timed."""
 
 
 class TimedSteps:
-    """A run of the trainer's, `steps` updates a round, each phase timed.
+    """A run of the trainer with `steps` updates per round, each phase timed.
 
     `before` and `after` belong to a round and are not timed.
     """
@@ -199,7 +198,7 @@ class TimedSteps:
         self._stack = ExitStack()
         try:
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-            # A line of the log a round, and a run directory that goes when the bench ends.
+            # One log line per round, and a run directory that is removed when the bench ends.
             in_run = replace(config.run, output=folder, log_interval=self._warming + steps)
             monitored = replace(config.spectra, spec_monitor=is_watched, spec_every=self._every)
             self._timer = Timer(pick_device(config.step.device))
@@ -219,7 +218,7 @@ class TimedSteps:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run's loop has ended, as it does by any error in it."""
+        """Whether the run's loop has ended, as after any error in it."""
         return inspect.getgeneratorstate(self._updates) == inspect.GEN_CLOSED
 
     def __enter__(self) -> TimedSteps:
@@ -230,7 +229,7 @@ class TimedSteps:
             self._stack.close()
 
     def before(self) -> None:
-        """Not timed: take updates until the decoder is as far ahead as it will be."""
+        """Not timed: make updates until the decoder is as far ahead as it will be."""
         self._train(self._warming + (0 if self._has_begun else self._first))
         self._has_begun = True
         wait(self.trainer.setup.device)
@@ -246,11 +245,11 @@ class TimedSteps:
         wait(self.trainer.setup.device)
 
     def held(self, count: int, after_each: Callable[[int], object] = nothing) -> None:
-        """Take `count` steps on a batch that stays on the device, with the run's own compiled step, and wait for it.
+        """Make `count` steps on a batch that stays on the device, with the run's own compiled step, and wait for it.
 
-        The run stands still meanwhile and knows nothing of them, but for its weights. The batch has pixels of
-        `SyntheticLoader` and is mixed and erased as the run's; nothing is decoded, and no operation is applied.
-        `after_each` is told how many were taken.
+        The run pauses meanwhile; the steps only change its weights. The batch has pixels of `SyntheticLoader` and is
+        mixed and erased as in the run; nothing is decoded, and no operation is applied. `after_each` is called with the
+        number of steps so far.
         """
         setup, position = self.trainer.setup, self.trainer.state.position
         if not self._held:
@@ -270,7 +269,7 @@ class TimedSteps:
             vars(position).update(vars(kept))
 
     def after(self) -> None:
-        """Not timed: wait for the monitor and until the decoder stands still, and note the round."""
+        """Not timed: wait for the monitor and until the decoder stops, and note the round."""
         stats, waiting = self._loader.stats(), (self._waiting_at_start, self._loader.waiting)
         skipped = self._skipped - self._skipped_before
         end = self.trainer.state.position.num_updates
@@ -295,21 +294,21 @@ class TimedSteps:
     def _train(self, count: int) -> None:
         with _quiet():
             for _ in range(count):
-                if next(self._updates, None) is None:  # the trainer ends in order on Ctrl-C, and so does the bench
+                if next(self._updates, None) is None:  # the trainer ends cleanly on Ctrl-C, and so does the bench
                     raise KeyboardInterrupt
 
     def _finish_refresh(self) -> float:
-        """Wait for the refresh that was begun; the seconds that it took."""
+        """Wait for the running refresh; returns the seconds waited."""
         if not self._monitor:
             return 0.0
         begun = time.perf_counter()
         self._monitor.wait()
         if self._monitor.failed:
-            raise UserError("A refresh of the spectra failed, as said above: these would be figures of less work.")
+            raise UserError("A refresh of the spectra failed, see above, so the figures would be of less work.")
         return time.perf_counter() - begun
 
     def _let_decoder_finish(self, batch_s: float) -> None:
-        """Wait until no more batches have been decoded for longer than one takes, at least 0.2 s."""
+        """Wait until no batch has been decoded for longer than one takes, at least 0.2 s."""
         still_since, waiting = time.perf_counter(), self._loader.waiting
         while time.perf_counter() - still_since < max(0.2, batch_s):
             time.sleep(0.02)
@@ -318,5 +317,5 @@ class TimedSteps:
 
 
 def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
-    """What a run says of itself is not the bench's."""
+    """Hide the run's own output."""
     return contextlib.redirect_stdout(io.StringIO())

@@ -220,7 +220,7 @@ class Reader:
         """It takes minutes, so only its command line is read."""
         called: list[object] = []
         with self._monkeypatch.context() as patch:
-            patch.setattr("benchmarks.__main__._bench", lambda *given, **_: called.append(given))
+            patch.setattr("benchmarks.commands._bench", lambda *given, **_: called.append(given))
             patch.setattr("benchmarks.gpu_check.run", lambda *given, **_: called.append(given) or ("page", True))
             run("benchmarks", arguments)
         assert called

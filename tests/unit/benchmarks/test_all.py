@@ -268,7 +268,7 @@ def test_what_comes_too_late_for_the_budget_is_said():
         (Options(only=("end-to-end-base",)), "--only end-to-end-base is no bench of this device's"),
         (Options(only=()), "--only names no bench"),
         (Options(repeats=0), "--repeats is 0, expected 1 or more"),
-        (Options(budget=0.0), "--budget is 0, expected some minutes"),
+        (Options(budget=0.0), "--budget is 0, expected minutes above 0"),
     ],
 )
 def test_wrong_options_are_found_before_anything_runs(options, message):

@@ -169,7 +169,7 @@ def test_what_the_benches_read_is_made_before_for_the_same_run_and_within_a_limi
 
     monkeypatch.setattr(gpu_check, "photographs", lacking)
     MAKE_SETS(Options(), heard.append, start)
-    assert heard == ["what the benches read: scikit-image is not there"]
+    assert heard == ["data sets of the benches: scikit-image is not there"]
 
 
 def test_what_numba_compiles_is_compiled_once_before_the_tests(checkout, monkeypatch):

@@ -98,10 +98,10 @@ def test_an_interrupted_making_is_begun_again(tmp_path: Path) -> None:
 
 def test_other_files_are_never_removed(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="has other files"):
         ensure_photos(tmp_path, 10)
     assert (tmp_path / "mine.txt").exists()
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="has other files"):
         ensure_photos(tmp_path / "mine.txt", 10)
 
 

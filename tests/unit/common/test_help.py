@@ -118,3 +118,27 @@ for name in sorted(COMMANDS, key="prep".__eq__):
     )
     *others, prep_line = done.stdout.splitlines()
     assert (set(others), prep_line, done.stderr) == ({*program.COMMANDS} - {"prep"}, "prep numpy", "")
+
+
+def test_the_list_of_benches_loads_no_library_that_takes_seconds():
+    code = """
+import contextlib, sys
+import benchmarks.__main__
+with contextlib.suppress(SystemExit):
+    benchmarks.__main__.main(["--help"])
+print("loaded:", *(name for name in ["torch", "timm", "numba", "cv2", "ffcv", "wandb", "numpy"] if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    *shown, last_line = done.stdout.splitlines()
+    assert (last_line, done.stderr) == ("loaded:", "")
+    assert shown[0].startswith("usage: ")
+
+
+def test_every_bench_has_a_description_and_a_function():
+    from benchmarks import commands
+    from benchmarks.__main__ import DESCRIPTIONS
+
+    functions = commands.described(DESCRIPTIONS)
+    assert list(functions) == list(DESCRIPTIONS)
+    assert {*functions.values()} == {*vars(commands)["_COMMANDS"].values()}
+    assert {name: one.__doc__ for name, one in functions.items()} == DESCRIPTIONS
