@@ -6,7 +6,7 @@ JOBS  ?= 2
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
-# With an interpreter of the user's own (PY=python3) nothing is installed.
+# With the user's own interpreter (PY=python3) nothing is installed.
 ifeq ($(PY),.venv/bin/python)
 READY := .venv/.ready
 endif
@@ -53,8 +53,8 @@ setup: .venv/.ready
 train: $(READY)
 	$(PY) -m lowrank_vit.train --config $(CFG) $(ARGS)
 
-# pytest takes the last -m, so ARGS="-m gpu" replaces these. A test that passes at the second try is listed as RERUN,
-# with what went wrong at the first: it is a fault of the test's, to be mended, but none of the change's.
+# pytest takes the last -m, so ARGS="-m gpu" replaces these. A test that passes at the second try is listed as RERUN
+# with the first failure: the test is at fault and has to be mended, not the change.
 test: $(READY)
 	$(PY) -m pytest -n $(JOBS) --dist worksteal --reruns 1 --rerun-show-tracebacks -m "not slow" $(ARGS)
 
@@ -80,8 +80,8 @@ report: $(READY)
 gpu-check: $(READY)
 	$(PY) -m benchmarks gpu-check $(if $(filter file default undefined,$(origin JOBS)),,--jobs $(JOBS)) $(ARGS)
 
-# ARGS adds options of `python -m data_prep`, for example ARGS="--max-side 400 --on-bad skip"; those of size and quality
-# are for train/ alone, since validation sets keep their pixels unless ARGS holds --lossy-val.
+# ARGS adds options of `python -m data_prep`, for example ARGS="--max-side 400 --on-bad skip"; size and quality apply
+# only to train/, since validation sets keep their pixels unless ARGS has --lossy-val.
 prep-cifar100: $(READY)
 	@test -n "$(OUT)" || { echo "Say where to write: make prep-cifar100 OUT=data/cifar100 [SRC=archive]"; exit 2; }
 	$(PY) -m data_prep cifar100 --out "$(OUT)" $(if $(SRC),--src "$(SRC)",--download) $(ARGS)
@@ -97,7 +97,7 @@ prep-imagenet100: $(READY)
 bench: $(READY)
 	$(PY) -m benchmarks $(or $(WHAT),all --short) $(ARGS)
 
-# What is released: a wheel and an sdist in dist/, see docs/releasing.md.
+# The release: a wheel and an sdist in dist/, see docs/releasing.md.
 dist: $(READY)
 	rm -rf dist
 	$(PY) -m build

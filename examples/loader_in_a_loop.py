@@ -1,6 +1,6 @@
-"""Train a small ViT from .beton files in a loop of one's own.
+"""Train a small ViT from .beton files in your own loop.
 
-Which images, their order and their crops are the plan's; decoding and augmentation are the library's, too.
+The plan decides the images, their order and their crops; the library decodes and augments them.
 
 python -m data_prep digits --out digits
 python examples/loader_in_a_loop.py digits
@@ -16,7 +16,7 @@ from lowrank_vit import Augment, Beton, EvalPlan, TrainPlan, open_loader
 
 
 def main(folder: str, epochs: int = 10, device: str = "cpu") -> float:
-    """Train on `folder`/train.beton, and return the share of `folder`/val.beton that is then told right."""
+    """Train on `folder`/train.beton; return the accuracy on `folder`/val.beton, 0-1."""
     torch.manual_seed(0)
     train, val = Beton(f"{folder}/train.beton"), Beton(f"{folder}/val.beton")
     plan = TrainPlan.of(train, img_size=32, batch_size=32, scale=(0.8, 1.0), hflip=0.0)
@@ -28,7 +28,7 @@ def main(folder: str, epochs: int = 10, device: str = "cpu") -> float:
     batches, line = open_loader(train, plan, device, workers=2, prepare=augment.prepare)
     print(line)  # the backend that was chosen, and why
     for epoch in range(epochs):
-        for batch in batches.batches(epoch):  # uint8 (B, 3, 32, 32), decoded beside the step before
+        for batch in batches.batches(epoch):  # uint8 (B, 3, 32, 32), decoded during the step before
             images, targets = augment.inputs(batch.images, batch.targets, batch.plan)
             loss = cross_entropy(model(images), targets)
             optimizer.zero_grad()

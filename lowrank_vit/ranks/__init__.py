@@ -1,1 +1,1 @@
-"""The processes of a run: joining, agreeing, sums, ending together."""
+"""The processes of a run: joining, agreeing, collectives, and ending together."""

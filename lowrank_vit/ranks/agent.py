@@ -1,4 +1,4 @@
-"""torchrun's agent on this machine: the process that has started this rank, and would start it again."""
+"""torchrun's agent on this machine: the process that started this rank, and would restart it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PLACE = ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_CO
 
 
 def agent() -> psutil.Process | None:
-    """Find it, be it behind programs that run the command in a child; None without torchrun or out of a container."""
+    """The agent, also if other programs are between; None without torchrun, or if a container hides it."""
     if not os.environ.get("TORCHELASTIC_RUN_ID"):
         return None
     with suppress(psutil.Error):
@@ -20,9 +20,9 @@ def agent() -> psutil.Process | None:
 
 
 def launched(process: psutil.Process | None = None) -> psutil.Process:
-    """The process that torchrun itself has started as this rank: this one, or the first of those that led to it.
+    """The process that torchrun itself started as this rank: this one, or an ancestor.
 
-    They have the place among the ranks in their environment that torchrun gave to this process; torchrun has not.
+    Such ancestors have this rank's variables of torchrun in their environment; torchrun itself does not.
     """
     process = process or psutil.Process()
     with suppress(psutil.Error):
@@ -34,13 +34,13 @@ def launched(process: psutil.Process | None = None) -> psutil.Process:
 def _has_our_place(process: psutil.Process) -> bool:
     try:
         environment = process.environ()
-    except psutil.Error:  # another user's
+    except psutil.Error:  # another user's process
         return False
     return all(environment.get(name) == os.environ.get(name, "") for name in _PLACE)
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Whether it is gone, be it that nobody has waited for it yet, or that another has its number."""
+    """Whether a process has ended, also if it is a zombie or its number was reused."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,7 +1,7 @@
-"""The ranks compare what each of them is about to do, in torch's store, before collectives that would hang or mix it.
+"""The ranks compare their records through torch's store, before collectives that would hang or mix up data.
 
-A rank may take minutes longer than another to come so far, so nothing here is a collective: rank 0 reads what the
-others have written, decides, and writes the outcome.
+A rank may arrive minutes later than another, so nothing here is a collective: rank 0 reads what the others have
+written, decides, and writes the outcome.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Record = Mapping[str, Sequence[str]]
-"""What a rank has to say, by the names of things: a text that is compared, and one that stands for it in a message.
+"""A rank's record: by name, a text that is compared, and one that is shown in a message.
 
-A third text, if any, says what to do where the things differ.
+A third text, if any, tells what to do if the texts differ.
 """
 
 
 class OfRank(UserError):
-    """An error that is another rank's, whoever tells it."""
+    """An error that belongs to `rank`, whichever rank raises it."""
 
     def __init__(self, text: str, rank: int) -> None:
         super().__init__(text)
@@ -38,29 +38,29 @@ class OfRank(UserError):
 
 _SHOWN = 8
 _SPEAKER_FIRST_S = 3.0
-"""Wait of the ranks that do not speak; by then the one that does has ended them all."""
+"""Wait of the ranks that do not report the error; by then the rank that does has ended them all."""
 
 
 def gather(world: World, topic: str, value: T, doing: str, limit: timedelta | None = None) -> list[T]:
-    """Every rank's value (as JSON has it), by rank, on every rank; each calls it once for a topic.
+    """Every rank's value, in order of the ranks, on every rank; values must be JSON. Each rank calls it once per topic.
 
-    A line after 20 seconds, and then once a minute, says which ranks are still `doing` what comes before it. Raises
-    `UserError` where they have not come within the limit.
+    After 20 seconds, and then once a minute, a line tells which ranks are still `doing` the previous work. Raises
+    `UserError` if they do not arrive within the limit.
     """
     return _decide(world, topic, value, lambda values: values, doing, limit)
 
 
 def gatherer(world: World, topic: str, doing: str) -> Callable[[Any], list[Any]]:
-    """`gather` as a function of the value alone; every rank makes the same calls of it in the same order."""
+    """`gather` as a function of the value alone; all ranks must make the same calls in the same order."""
     calls = itertools.count()
     return lambda value: gather(world, f"{topic}/{next(calls)}", value, doing)
 
 
 def once(world: World, topic: str, doing: str) -> Callable[[str, Callable[[], Any]], Any]:
-    """A function of a place and of what to do there, which one rank of all that name the same place does for them.
+    """A function of a place and of work to do there: one rank of those that name the same place does it for all.
 
-    Its value (as JSON has it) is that of all; its `UserError` is raised on all, in the same words. Every rank makes the
-    same calls in the same order. While the others wait, a line says for whom, as in `gather`.
+    All of them get its value, which must be JSON; its `UserError` is raised on all with the same text. All ranks must
+    make the same calls in the same order. While the others wait, a line tells for whom, as in `gather`.
     """
     calls = itertools.count()
 
@@ -79,7 +79,7 @@ def once(world: World, topic: str, doing: str) -> Callable[[str, Callable[[], An
             notes = getattr(error, "__notes__", [])
             world.store.set(f"{call}/done/{doer}", json.dumps({"error": str(error), "notes": notes}))
             raise
-        with world.progress.waiting(is_said=True):  # it is then as far as those that have waited for it
+        with world.progress.waiting(is_said=True):  # it is then at the same point as the ranks that waited for it
             world.store.set(f"{call}/done/{doer}", json.dumps(told))
         return told["value"]
 
@@ -92,7 +92,7 @@ def _first_in(places: list[str]) -> dict[str, int]:
 
 
 def _done_by(world: World, rank: int, key: str, doing: str, *, speaks: bool) -> Any:
-    """What another rank has made of it, once it has told. Raises `OfRank` with the words of its error."""
+    """Wait for another rank's value. Raises `OfRank` with the text of its error."""
     line = f"waiting for {_named(world, [rank])} to finish {doing}" if speaks else ""
     with world.progress.waiting(is_said=True), saying(lambda: line):
         if not until(lambda: world.store.check([key]), world.start_limit, world.size):
@@ -108,9 +108,9 @@ def _done_by(world: World, rank: int, key: str, doing: str, *, speaks: bool) -> 
 
 
 def agree(world: World, topic: str, record: Callable[[], Record], doing: str, limit: timedelta | None = None) -> None:
-    """Raise `UserError` on all ranks where one has another record than most, or than rank 0; that one is the first.
+    """Raise `UserError` on all ranks if one has another record than most, or than rank 0; the rank is named.
 
-    Alone a process makes no record.
+    A single process makes no record.
     """
     if world.size == 1:
         return
@@ -127,7 +127,7 @@ def agree(world: World, topic: str, record: Callable[[], Record], doing: str, li
 def _decide(
     world: World, topic: str, value: T, decision: Callable[[list[T]], R], doing: str, limit: timedelta | None
 ) -> R:
-    """What `decision` makes of every rank's value on rank 0, on every rank."""
+    """The result, on every rank, of `decision` on rank 0 for the values of all ranks."""
     if world.size == 1 or world.store is None:
         return decision([value])
     store, outcome, limit = world.store, f"{topic}/outcome", limit or world.start_limit
@@ -138,7 +138,7 @@ def _decide(
         return [int(key.rpartition("/")[2]) for key in _missing(store, keys)]
 
     def line() -> str:
-        # Those that wait for others speak by the first of them.
+        # The first of the waiting ranks prints the line.
         if any(store.check([key]) for key in keys[: world.rank]) or not (late := missing()):
             return ""
         return f"waiting for {_named(world, late)} to finish {doing}"
@@ -207,7 +207,7 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 def differences(ours: Record, theirs: Record) -> str:
-    """What two records differ in, in words: each thing by its name, with both values."""
+    """The differences of two records as a text: each by name, with both values."""
     found = list[str]()
     for name in dict.fromkeys([*ours, *theirs]):
         own, other = ours.get(name), theirs.get(name)

@@ -1,9 +1,9 @@
-"""Ranks end together: the first to fail says why, and the others end without a word, wherever they are.
+"""Ranks end together: the first to fail reports why, and the others end silently, wherever they are.
 
-A rank notes in torch's store that it fails; a thread of each rank reads that, and tells there that its rank is alive
-(see `signs.py`). A rank that is killed can note nothing, so a second thread of each waits for word of its neighbour,
-which comes as a lost connection then. Where torchrun's agent is gone, or the store with it, nobody would end or restart
-the ranks any more: they save and end.
+A rank notes its failure in torch's store. A thread of each rank reads this, and writes there that its rank is alive
+(see `signs.py`). A rank that is killed can note nothing, so a second thread of each rank waits for a message of its
+neighbour, and gets a lost connection instead. If torchrun's agent is gone, or the store with it, nothing would end or
+restart the ranks any more: they save and end.
 """
 
 from __future__ import annotations
@@ -36,47 +36,49 @@ from lowrank_vit.ranks.world import World, collectives_begun
 
 _POLL_S = 0.25
 _RANK_0_FAILS_TOO_S = 20.0
-"""Wait of a rank that fails before the ranks have joined: by then rank 0 has failed, too, or the error is its own."""
+"""Wait of a rank that fails before the ranks have joined: by then rank 0 has failed too, or the error is its own."""
 _CLOSE_FILES_S = 10.0
-"""Time for the rank that fails to close its files; then the others end all the same."""
+"""Time for the failing rank to close its files; the others end after it."""
 _AFTER_THE_CAUSE_S = 1.1
-"""Wait of the other ranks before they end: torchrun takes the first to end, by whole seconds, for the cause."""
+"""Wait of the other ranks before they end: torchrun takes the first to end, in whole seconds, as the cause."""
 _LOST_CONNECTION_S = 5.0
-"""Time for the main thread to fail of a lost connection by itself, and to close its files."""
+"""Time for the main thread to fail by itself because of a lost connection, and to close its files."""
 _WHO_S = 2.0
-"""Time for the neighbour of a lost rank to say which it is."""
+"""Time for the neighbour of a lost rank to report its number."""
 _LOST = re.compile(r"(?i)connection (closed|reset|refused|abort)|broken pipe|remote (process|peer)")
-"""Found in the errors of a collective that another rank has left."""
+"""Matches errors of a collective that another rank has left."""
 _LATE = re.compile(r"(?is)(gloo|nccl|collective).*(timed? ?out|timeout)")
-"""Found in those of a collective to which another has not come."""
+"""Matches errors of a collective that another rank has not joined in time."""
 _FAILED, _GONE, _WHO = "failed", "gone", "who is lost"
 """Keys in torch's store: a rank has failed; it has closed its files; the first rank to which a connection was lost."""
 
 
 class Failing:
-    """What one rank knows and tells of failures, its own and others'; see the module's description."""
+    """Handles failures of this rank and of others; see the module's docstring."""
 
     def __init__(self, world: World) -> None:
-        """Make one on each rank, before the ranks join."""
+        """Make one on each rank before the ranks join."""
         self._world = world
         self._is_failing = False
         self._is_cause = False
-        """The error is this rank's own, not the consequence of another's."""
+        """The error is this rank's own, not the consequence of another rank's."""
         self._exit_code: int | None = None
-        """Set when the failure was told."""
+        """Set when the failure was reported."""
         self._agent: psutil.Process | None = None
         self._is_through = False
-        """Nothing is left to do but to wait for the other ranks."""
+        """Only waiting for the other ranks is left to do."""
         self._is_training = True
         self._is_alone = False
-        """The launcher is gone, and all know."""
+        """The launcher is gone, and this was reported."""
         self._lost: int | None = None
         """The neighbour to which the connection was lost."""
         self.save_and_end: Callable[[], None] | None = None
-        """Asks the run, once it trains, to save and end, from another thread."""
+        """Asks the run to save and end, once it trains; called from another thread."""
 
     def exit_together(self, main: Callable[[], None]) -> None:
-        """Call `main` as `exit_cleanly` does; of several ranks only the first to fail says why, and all end with it."""
+        """Call `main` as `exit_cleanly` does; of several ranks only the first to fail reports why, and all end with
+        it.
+        """
         if self._world.size == 1:
             exit_cleanly(main)
             return
@@ -89,10 +91,10 @@ class Failing:
 
     @contextlib.contextmanager
     def watched(self, limits: Limits = USUAL) -> Generator[None, None, None]:
-        """Have threads end this process when another rank has failed, was killed or is stuck, while the context lasts.
+        """During the context, threads end this process if another rank has failed, was killed or is stuck.
 
-        Every rank calls it, after they have joined. It ends when all of them have come to its end. `limits`: how long
-        the others wait for a rank that makes no progress.
+        All ranks call it, after they have joined. It ends when all of them have reached its end. `limits`: how long the
+        others wait for a rank without progress.
         """
         if self._world.size == 1:
             yield
@@ -123,9 +125,9 @@ class Failing:
 
     @contextlib.contextmanager
     def told_at_once(self) -> Generator[None, None, None]:
-        """An error that leaves it is noted and printed there and then, before files and threads are closed.
+        """Note and print an error that leaves this context at once, before files and threads are closed.
 
-        For several ranks; alone a process has nobody to tell before it ends.
+        Only for several ranks.
         """
         try:
             yield
@@ -136,7 +138,7 @@ class Failing:
 
     @property
     def has_lost_launcher(self) -> bool:
-        """Whether the process that would start this one again is gone; a signal may have come with that."""
+        """Whether the process that would restart this one is gone; a signal may have come with that."""
         return self._is_alone or bool(self._agent and has_ended(self._agent))
 
     def _watch(self, store: Any, is_over: threading.Event, signs: Signs) -> None:
@@ -171,7 +173,9 @@ class Failing:
         os._exit(1)  # the main thread may sit in a collective that never ends
 
     def _go_on_without_store(self, error: RuntimeError, is_over: threading.Event, signs: Signs) -> None:
-        """The store has ended with the process that has it: rank 0, which is told here, or torchrun's agent."""
+        """Handle the loss of the store with its process: rank 0, which is then reported as gone, or torchrun's
+        agent.
+        """
         self._world.common_step.give_up()
         if self._is_through or is_over.wait(_POLL_S):
             return
@@ -187,14 +191,14 @@ class Failing:
                 self._end(self._tell(stuck))
 
     def _lose_launcher(self, what: str) -> None:
-        """Have the run save and end, since nobody watches over it; at once where nothing is trained yet."""
+        """Let the run save and end, since nothing supervises it; at once if nothing is trained yet."""
         if self._is_alone or self._is_failing or self._is_through:
             return
         self._is_alone = True
         if self.save_and_end is None:
             advice = "Nothing was trained yet; start it again." if self._is_training else "Start it again."
             code = self._tell(_LauncherLost(f"{what}. {advice}"))
-            time.sleep(_AFTER_THE_CAUSE_S)  # the other ranks notice it by themselves, and would miss this one
+            time.sleep(_AFTER_THE_CAUSE_S)  # the other ranks notice it themselves, and would report this one as lost
             self._end(code)
         if self._world.local_rank == 0:
             print(f"warning: rank {self._world.rank}: {what}. The run saves and ends.", file=sys.stderr, flush=True)
@@ -202,26 +206,28 @@ class Failing:
 
     def _note_lost(self, store: Any, rank: int) -> None:
         self._lost = None
-        if not store.check([_FAILED]):  # else it has ended because of another
+        if not store.check([_FAILED]):  # otherwise it has ended because of another rank
             store.compare_set(_WHO, "", str(rank))
 
     def _listen(self, after: int) -> None:
-        """Wait for the next rank's word that all is well; a lost connection instead of it ends this process."""
+        """Wait for the next rank's final signal; a lost connection instead ends this process."""
         try:
             self._world.side.wait_for(after)
         except RuntimeError as error:
-            self._lost = after  # told by the other thread, which has a connection with the store
+            self._lost = after  # reported by the other thread, which has a connection to the store
             time.sleep(_LOST_CONNECTION_S)
             if not self._is_failing:
                 self._end(self._tell(_gone(after, error)))
 
     def _tell(self, error: BaseException) -> int:
-        """Note that this rank fails and, if it is the first, say why; the exit code. A second call does nothing."""
+        """Note that this rank fails and, if it is the first, report why; returns the exit code. Only the first call
+        acts.
+        """
         if self._exit_code is not None:
             return self._exit_code
         self._is_failing, self._exit_code, is_joined = True, 1, self._world.store is not None
         if not is_joined and not self._world.is_first and not isinstance(error, OfRank | KeyboardInterrupt):
-            # Most likely a mistake on the command line, which all ranks meet: rank 0 says so, and torchrun ends us.
+            # Most likely a mistake on the command line, on all ranks: rank 0 reports it, and torchrun ends this rank.
             time.sleep(_RANK_0_FAILS_TOO_S)
         self._is_cause = not is_joined or self._is_first_to_fail(error)
         if self._is_cause:
@@ -236,7 +242,7 @@ class Failing:
         world, rank = self._world, str(self._world.rank)
         try:
             return world.store.compare_set(_FAILED, "", rank).decode() == rank
-        except RuntimeError:  # the store is gone: one rank of each host speaks, and all of errors that are their own
+        except RuntimeError:  # the store is gone: one rank per host reports it, and every rank reports its own errors
             if isinstance(error, _LauncherLost):
                 return world.local_rank == 0
             return not _is_of_lost(error) or world.local_rank == 0 or world.rank == 1
@@ -252,7 +258,7 @@ class Failing:
         os._exit(code)  # other threads may sit in a collective that never ends
 
     def _named(self, error: BaseException) -> BaseException:
-        """The error with the rank it happened on, and in the user's words where another rank is gone."""
+        """The error with its rank, and as a message for the user if another rank is gone."""
         if isinstance(error, RuntimeError) and _LOST.search(str(error)):
             error = _gone(self._who_is_lost(), error)
         elif isinstance(error, RuntimeError) and _LATE.search(str(error)):
@@ -261,7 +267,7 @@ class Failing:
         return UserError(f"rank {rank}: {error}") if isinstance(error, UserError) else error
 
     def _who_is_lost(self) -> int | None:
-        """The rank to which its neighbour has lost the connection, as far as that is known."""
+        """The rank to which its neighbour has lost the connection, if known."""
         store, end = self._world.store, time.monotonic() + _WHO_S
         try:
             while not store.check([_WHO]):
@@ -270,13 +276,13 @@ class Failing:
                 time.sleep(_POLL_S / 5)
             return int(store.get(_WHO))
         except RuntimeError:
-            return None if _is_of_agent() else 0  # it has the store
+            return None if _is_of_agent() else 0  # rank 0 has the store
 
 
 def as_rank(work: Callable[[World, Failing], None]) -> None:
-    """Do a command's work as the rank that the launcher's environment says, and end together with the others.
+    """Do a command's work as the rank of the launcher's environment, and end together with the other ranks.
 
-    The world is not joined yet. Raises what `work` does where there is one process.
+    The world is not joined yet. With one process, errors of `work` are raised.
     """
     world = environment_world()
     failing = Failing(world)
@@ -286,15 +292,15 @@ def as_rank(work: Callable[[World, Failing], None]) -> None:
     try:
         work(world, failing)
     except BaseException as error:
-        record(error)  # a torchrun of one process
+        record(error)  # for a torchrun with one process
         raise
 
 
 def record(error: BaseException) -> None:
-    """Note an error for torchrun's own summary, which comes last: in words where it has some, else its traceback.
+    """Note an error for torchrun's own summary, which comes last: its message for the user, otherwise its traceback.
 
-    torch's `record_exception` notes a traceback of whatever is being handled, of 60 lines and more. Without torchrun
-    there is nothing to be noted.
+    torch's `record_exception` would note the traceback of the exception being handled, of 60 lines or more. Without
+    torchrun nothing is noted.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path or _is_success(error):
@@ -318,11 +324,11 @@ def _is_of_lost(error: BaseException) -> bool:
 
 
 class _LauncherLost(UserError):
-    """Nobody would end or restart this process any more; all ranks of the host find that out."""
+    """Nothing would end or restart this process any more; all ranks of the host find this out."""
 
 
 class Gone(UserError):
-    """Another rank's process has ended without a word."""
+    """Another rank's process has ended without a report."""
 
 
 def _is_success(error: BaseException) -> bool:
@@ -338,7 +344,7 @@ def _gone(rank: int | None, error: BaseException) -> Gone:
 
 
 def _speak(error: BaseException) -> int:
-    """Print as `exit_cleanly` does; the exit code."""
+    """Print an error as `exit_cleanly` does; returns the exit code."""
 
     def again() -> NoReturn:
         raise error

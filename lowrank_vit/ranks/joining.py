@@ -1,4 +1,4 @@
-"""How the processes of one run find one another: by the launcher's environment, in torch's store, under one name.
+"""How the processes of a run find each other: by the launcher's environment, in torch's store, under one name.
 
 Started by torchrun, or anything that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
@@ -28,20 +28,20 @@ from lowrank_vit.ranks.waiting import saying, until
 from lowrank_vit.ranks.world import World, connect_ring
 
 ALONE = "LRV_JOIN_ALONE"
-"""Where the environment has it as 1, one process makes its collectives and averages its gradients, too."""
+"""If this environment variable is 1, a single process also makes collectives and averages gradients."""
 _LATER = timedelta(minutes=5)
 _RESOLVE_S = 5.0
-"""Time for a name to become known: a cluster's may come a little later than the process."""
+"""Time for a host name to resolve: in a cluster this may take a little longer than the start."""
 _AGENT_S = 10.0
-"""Time for torchrun's store to answer, which is there before any rank is: where it does not, its agent has ended."""
+"""Time for torchrun's store to answer. It exists before any rank, so without an answer its agent has ended."""
 _OTHER_DESCRIPTORS = 512
-"""Files, pipes and connections of a rank beside those of the store; more than a training was seen to have."""
+"""Files, pipes and connections of a rank besides those of the store; more than observed in training."""
 _LEFT_OVER = (
     "Unset WORLD_SIZE, which may be left over in the environment, or start with torchrun --nproc-per-node=N -m "
     "lowrank_vit.train ..."
 )
 _SIZE = "the number of ranks"
-# Of a heterogeneous job's parts only the first is common to all.
+# The parts of a heterogeneous job only have the first of these in common.
 JOB_IDS = ("SLURM_HET_JOB_ID", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _OWN_PORTS = (
     "Give each job a port of its own (MASTER_PORT, or torchrun's --master-port). One run over several jobs of a batch "
@@ -50,7 +50,7 @@ _OWN_PORTS = (
 
 
 def environment_world() -> World:
-    """This process's place as its launcher's environment tells it, not yet joined with the others.
+    """This process's place by its launcher's environment, not yet joined with the others.
 
     Raises `UserError` for an environment that is incomplete or contradicts itself.
     """
@@ -108,7 +108,7 @@ def joined(
     else:
         _join(world, device, record, limits)
     yield world
-    dist.destroy_process_group()  # not after an error: another rank may be stuck
+    dist.destroy_process_group()  # not after an error, since another rank may be stuck
 
 
 def _join(world: World, device: torch.device, record: Callable[[], Record], limits: Limits) -> None:
@@ -181,7 +181,7 @@ def job_record(size: int) -> Record:
 
 
 def another_job(theirs: Record, ours: Record) -> str:
-    """What tells, in words, that two processes are not of one run; empty where nothing does.
+    """The difference that shows, as text, that two processes belong to different runs; empty if there is none.
 
     The first number that both have decides. One that was started by hand on its node lacks those of a batch system.
     torchrun's --rdzv-id is before those, so that one run may span several jobs.
@@ -203,7 +203,7 @@ def launch_name(store: Any) -> str:
 
 
 def _require_address(name: str, port: int) -> None:
-    """Raise `UserError` where the name does not resolve, which torch would try again until its time is over."""
+    """Raise `UserError` if the name does not resolve, which torch would retry until its time limit."""
     end = time.monotonic() + _RESOLVE_S
     while True:
         try:
@@ -254,7 +254,7 @@ def _open_store(world: World, limit: timedelta) -> Any:
 
 
 def _allow_connections(size: int) -> None:
-    """Let this process, which has the store, have two connections with each rank, beside all that it opens itself."""
+    """Allow this process, which has the store, two connections with each rank besides its own files."""
     needed, (soft, hard) = 2 * size + _OTHER_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY != soft < needed:
         most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
@@ -293,12 +293,12 @@ class _Meeting:
         self._agent = agent()
         self._turned_away = dict[int, str]()
         self._asked = dict[str, Any]()
-        """How often each who asks had asked when rank 0 saw it first."""
+        """How often each asking rank had asked when rank 0 saw it first."""
         self._answered = set[str]()
         self._began = time.monotonic()
 
     def waits_for(self) -> str:
-        """What this rank waits for, in words."""
+        """What this rank waits for, as a phrase."""
         few = sorted(self._missing)[:8]
         more = ", ..." if len(self._missing) > len(few) else ""
         who = f"rank{'s' if len(few) > 1 else ''} {', '.join(map(str, few))}{more} of {self._size}"
@@ -307,7 +307,7 @@ class _Meeting:
         return f"rank {self._rank} on {socket.gethostname()} has waited {waited}.{others} {_LEFT_OVER}"
 
     def meet(self, store: Any, limit: timedelta) -> str:
-        """The name. Raises `RuntimeError` where not all have come within the limit, `UserError` in another job."""
+        """The name. Raises `RuntimeError` if not all ranks come within the limit, `UserError` in another job."""
         mine = secrets.token_hex(8)
         if self._rank == 0:
             self._receive(store, mine, limit)
@@ -365,7 +365,7 @@ class _Meeting:
             told = json.loads(asks)
             token, times, host = told["token"], told["times"], told["host"]
             foreign = another_job(told["job"], self._job)
-        except (ValueError, TypeError, KeyError):  # an earlier version of this program asks otherwise
+        except (ValueError, TypeError, KeyError):  # an earlier version of this program asks in another format
             if rank in self._missing:
                 self._turned_away[rank] = f" One that came as rank {rank} runs another version of this program."
             return
@@ -386,5 +386,5 @@ class _Meeting:
 
 
 def meet(store: Any, rank: int, size: int, limit: timedelta = timedelta(hours=1)) -> str:
-    """A name for this attempt that all its ranks share and no other has; every rank calls it."""
+    """A name for this attempt that all its ranks share and no other attempt has; all ranks call it."""
     return _Meeting(rank, size, job_record(size), "the store").meet(store, limit)

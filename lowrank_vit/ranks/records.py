@@ -1,4 +1,4 @@
-"""What the ranks of a command must have in common, as records that `ranks.agree` compares."""
+"""Records of what all ranks must have in common, for `ranks.agree` to compare."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from lowrank_vit.ranks.agree import Record
 
 _PACKAGE = Path(__file__).parents[1]
 _COMPUTE = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "nvidia-dali-cuda130")
-"""Packages whose versions decide what an update does."""
+"""Packages whose versions affect an update."""
 _READ_BYTES, _READ_SAMPLES = 1 << 26, 64
-"""A set of at most so many bytes is read whole for its fingerprint; of a larger one so many samples."""
+"""A set of at most so many bytes is read completely for its fingerprint; from a larger set, so many samples."""
 
 
 _WEIGHTS = "other weights to begin with"
@@ -36,7 +36,7 @@ _ALIKE = (
 
 
 def run_record(options: Any, device: torch.device) -> Record:
-    """Options of a dataclass but those that may differ between ranks; the device's kind; versions of all code."""
+    """A record of the options that must be the same on all ranks, the device's type and the versions of all code."""
     given = {f"--{name}": _in_words(value) for name, hint, value in leaves(options) if not is_per_rank(hint)}
     versions = {"lowrank_vit": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
     for package in _COMPUTE:
@@ -47,7 +47,7 @@ def run_record(options: Any, device: torch.device) -> Record:
 
 
 def data_record(sets: Mapping[str, Beton], model: nn.Module, resumed: Checkpoint | None = None) -> Record:
-    """What the sets hold, by the name of each, and the model's first weights."""
+    """A record of the content of the sets, by name, and of the model's initial weights."""
     record: dict[str, Sequence[str]] = {}
     for name, beton in sets.items():
         shown, classes = str(beton.path), "\n".join(beton.classes or ())
@@ -69,7 +69,7 @@ def _plain(values: dict[str, str]) -> dict[str, tuple[str, str]]:
 
 
 def _others(*things: tuple[str, str, str]) -> dict[str, tuple[str, str]]:
-    """Things that are compared by a digest, which tells a reader nothing."""
+    """Entries that are compared by a digest, and shown by another text."""
     return {name: (digest, shown) for name, digest, shown in things}
 
 
@@ -94,9 +94,9 @@ def _digest(tensors: Iterable[Tensor]) -> str:
 
 
 def _fingerprint(beton: Beton) -> str:
-    """Of all that the set's manifests and index say of its images, and of the bytes of all of them, or of some.
+    """A digest of the set's manifests and index, and of the bytes of all its images or of a sample.
 
-    Reading terabytes would cost more than it is worth where a manifest has the checksum of the file as it was made.
+    Reading terabytes is not worth its cost, since a manifest has the checksum of the file as it was made.
     """
     digest, n = xxhash.xxh3_64(beton.digests()[1].encode()), beton.num_samples
     ids = range(n) if beton.stored_bytes <= _READ_BYTES else np.linspace(0, n - 1, _READ_SAMPLES).astype(int)

@@ -1,4 +1,4 @@
-"""Signs of life: what each rank is at, told through torch's store, and which of them the others wait for.
+"""Signs of life: each rank reports its progress through torch's store, and the ranks find whom they wait for.
 
 All ranks go through the same program, so the rank that the others wait for is the one whose place in it is the
 earliest; of those at one place, one that does not itself wait for others; of these, the one that has begun the fewest
@@ -30,15 +30,15 @@ from lowrank_vit.ranks.waiting import pause_s
 _PERIOD_S = 1.0
 """Time between two signs of a rank."""
 _GAP_S = 2.0
-"""The longest time between two polls that counts."""
+"""Longer times between two polls do not count."""
 _LINES_S = 60.0
 """Time between two lines about whom the ranks wait for while they start."""
 _FRAMES = 12
-"""Innermost ones of a stack."""
+"""Innermost frames of a stack that are shown."""
 _FEW = 8
 """Ranks that a message names one by one."""
 _JUDGES = 8
-"""Ranks that read the signs of all, if there are more than these."""
+"""Number of ranks that read the signs of all, if there are more ranks."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Limits:
     init_s: float = 3600.0
     """Until the first update is done: --init-timeout."""
     is_training: bool = True
-    """There are checkpoints to go on from, and the two flags."""
+    """Whether there are checkpoints to continue from, and the two flags."""
 
     def advice(self, is_starting: bool) -> str:
         """What the user can do about a rank that is stuck."""
@@ -61,41 +61,41 @@ class Limits:
 
 
 USUAL = Limits(is_training=False)
-"""Of a command that has no flags for them."""
+"""For commands without flags for them."""
 
 
 @dataclass
 class Progress:
-    """What the main thread of this process is at. The thread itself tells; others read."""
+    """The progress of this process's main thread, which sets it; other threads read it."""
 
     what: str = "starting"
-    """In words that may follow "in"."""
+    """The current work, in words that may follow "in"."""
     place: int = 0
-    """Grows with each step of the program that all ranks take alike."""
+    """Grows with each step of the program that all ranks take."""
     ticks: int = 0
-    """Grows with what is this rank's alone, such as the batches of its share."""
+    """Grows with this rank's own work, such as the batches of its share."""
     waits: bool = False
-    """It waits for the other ranks."""
+    """Whether it waits for the other ranks."""
     is_said: bool = False
-    """Something else says for whom."""
+    """Whether other code prints for whom."""
     is_starting: bool = True
-    """Compilers and disks have their time: --init-timeout counts."""
+    """Whether --init-timeout counts, which allows for compilers and disks."""
     is_background: bool = False
-    """It waits for another thread of its own, whose work counts as progress (see `common.threads`)."""
+    """Whether it waits for another thread of this process, whose work counts as progress (see `common.threads`)."""
     least_limit_s: float = 0.0
-    """It may take so long whatever the limits are, since it has a limit of its own."""
+    """It may take so long whatever the limits are, since it has its own time limit."""
     updates: Callable[[], int] = field(default=lambda: 0)
     """The updates done."""
     collectives: Callable[[], int] = field(default=lambda: 0)
     """The collectives that this rank has begun."""
 
     def enter(self, what: str, *, is_background: bool = False, least_limit_s: float = 0.0) -> None:
-        """The next stretch of the program begins; every rank comes to it."""
+        """Start the next part of the program, which every rank reaches."""
         self.what, self.is_background, self.least_limit_s = what, is_background, least_limit_s
         self.place += 1
 
     def tick(self, *, is_compiled: bool = True) -> None:
-        """A piece of this rank's own share is done, and with `is_compiled` all that had to be compiled for it."""
+        """Note that a piece of this rank's share is done and, with `is_compiled`, that compilation is finished."""
         self.ticks += 1
         if is_compiled:
             self.is_starting = False
@@ -112,18 +112,18 @@ class Progress:
             self.place += 1
 
     def state(self) -> tuple[int, ...]:
-        """Something else whenever there was progress."""
+        """Values that change whenever there is progress."""
         work = threads.beats() if self.is_starting or self.is_background else 0
         return self.place, self.ticks, self.waits, work
 
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank last told of itself."""
+    """The last report of a rank."""
 
     host: str
     at: str
-    """Time of day there."""
+    """Time of day on its host."""
     beat: int
     what: str
     place: int
@@ -135,25 +135,25 @@ class Sign:
     limit_s: float
     is_starting: bool
     stack: str = ""
-    """Where the main thread is, once it makes no progress for long."""
+    """The main thread's stack, once it has made no progress for long."""
 
     @property
     def key(self) -> tuple[int, bool, int]:
-        """The earlier, the smaller."""
+        """Sorts ranks by progress: smaller is earlier."""
         return self.place, self.waits, self.collectives
 
     def in_words(self) -> str:
-        """What it is at."""
+        """Its current work as a phrase."""
         waits = "waiting for the other ranks in " if self.waits else ""
         return f"{waits}{self.what}" + (f", after update {self.updates}" if self.updates else "")
 
 
 _UNHEARD = Sign("a host that is not known", "it started", 0, "starting", -1, False, 0, 0, 0.0, 0.0, True)
-"""Of a rank that has told nothing yet."""
+"""Stands for a rank that has not reported yet."""
 
 
 class Signs:
-    """Tells the signs of one rank, and judges those of all. Used by one thread, which calls `poll` often."""
+    """Reports the signs of one rank, and judges those of all. Used by one thread, which calls `poll` often."""
 
     def __init__(
         self,
@@ -186,12 +186,12 @@ class Signs:
 
     @property
     def limit_s(self) -> float:
-        """The time without progress that is too long now."""
+        """The current limit of time without progress, in seconds."""
         usual_s = self._limits.init_s if self._progress.is_starting else self._limits.rank_s
         return max(usual_s, self._progress.least_limit_s)
 
     def poll(self, now: float) -> UserError | None:
-        """Tell a sign where one is due; the error to end with where the ranks have waited too long.
+        """Report a sign if one is due. Returns the error to end with if the ranks have waited too long.
 
         `now`: seconds of any clock that is steady. Raises `RuntimeError` where the store is gone.
         """
@@ -213,7 +213,7 @@ class Signs:
         return self._judge()
 
     def alone(self, now: float) -> UserError | None:
-        """The same where there is no store any more: judge this rank by itself."""
+        """The same without a store: judge only this rank."""
         self._count(now)
         return UserError(self._of_itself(self._sign())) if self._idle_s >= self.limit_s else None
 
@@ -229,12 +229,12 @@ class Signs:
         return passed_s
 
     def disarm(self) -> None:
-        """Call it at the end."""
+        """Undo what `poll` has set up; call it at the end."""
         faulthandler.cancel_dump_traceback_later()
 
     def _arm(self) -> None:
-        """Where this thread gets no turn, since compiled code holds Python's lock, have C print where that is."""
-        with contextlib.suppress(Exception):  # stderr may be no file
+        """Let C code print the stack if this thread cannot run because compiled code holds Python's lock."""
+        with contextlib.suppress(Exception):  # stderr may not be a file
             faulthandler.dump_traceback_later(0.9 * self.limit_s, file=sys.__stderr__ or sys.stderr)
 
     def _sign(self) -> Sign:
@@ -262,7 +262,7 @@ class Signs:
     def _look(self, since_s: float) -> None:
         """Read the signs of all ranks."""
         keys = {rank: f"sign/{rank}" for rank in range(self._size)}
-        if not self._store.check(list(keys.values())):  # else multi_get would wait for those that are missing
+        if not self._store.check(list(keys.values())):  # otherwise multi_get would wait for missing ones
             keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
         for rank, value in zip(keys, self._store.multi_get(list(keys.values())), strict=True):
             sign = Sign(**json.loads(value))
@@ -281,7 +281,7 @@ class Signs:
         earliest = min(sign.key for sign in signs.values())
         behind = [rank for rank, sign in signs.items() if sign.key == earliest]
         limit_s = max(signs[rank].limit_s for rank in behind) or self._limits.init_s
-        # One of them that makes progress is enough: the others may wait for it, as for a lock on a folder.
+        # If one of them makes progress, that is enough: the others may wait for it, as for a lock on a folder.
         stuck_s = min(signs[rank].idle_s + self._silent_s[rank] for rank in behind)
         if stuck_s < limit_s:
             self._say_whom(signs, behind)
@@ -296,13 +296,13 @@ class Signs:
             if heard[0] not in self._judges:
                 told = {"ranks": heard[:_FEW], "of": len(heard), "is_alone": len(behind) == 1, "limit_s": limit_s}
                 self._store.set(f"stuck/{heard[0]}", json.dumps({**told, "key": signs[heard[0]].key}))
-            return None  # it says so itself, with its own name
+            return None  # it reports this itself, with its own name
         if silent:
             return UserError(self._of_silent(signs, silent, limit_s))
         return UserError(self._of_several(signs, heard, limit_s))
 
     def _judged(self, own: Sign) -> UserError | None:
-        """The error to end with where one that judges has told this rank to, which has made no progress since."""
+        """The error to end with if a judging rank has told this one to, and there was no progress since."""
         key = f"stuck/{self._rank}"
         if self._idle_s < self.limit_s or not self._store.check([key]):
             return None

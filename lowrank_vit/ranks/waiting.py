@@ -1,4 +1,4 @@
-"""Waiting for other ranks: where Ctrl-C is heard, and not without a word."""
+"""Waiting for other ranks so that Ctrl-C works, and with a line about whom a rank waits for."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from lowrank_vit.common.terminal import say
 
 _FIRST_LINE_S, _NEXT_LINE_S = 20.0, 60.0
 _POLL_S, _QUICK_S, _LATER_POLL_S = 0.05, 10.0, 0.5
-"""Seconds between two looks at the store, at first and later."""
+"""Seconds between two reads of the store: at first for `_QUICK_S` seconds, then later."""
 _LOOKS_PER_S = 2048
-"""How often all ranks together look at the store at most, which one thread of one process serves."""
+"""Largest number of reads per second of all ranks together; one thread of one process serves the store."""
 
 
 def pause_s(usual_s: float, size: int) -> float:
-    """Seconds between two looks of each of `size` ranks at the store: longer than usual where they are many."""
+    """Seconds between two reads of the store by each of `size` ranks: longer than usual if there are many."""
     return max(usual_s, size / _LOOKS_PER_S)
 
 
 def until(is_so: Callable[[], bool], limit: timedelta, size: int = 1) -> bool:
-    """Wait until something is so, in Python, where Ctrl-C is heard, not in torch's store; False after the limit.
+    """Wait until `is_so` returns True; return False after the limit. It waits in Python, so that Ctrl-C works.
 
-    `size`: how many ranks wait at one time for what the store tells.
+    `size`: how many ranks wait for the store at the same time.
     """
     began = time.monotonic()
     while not is_so():
@@ -38,13 +38,13 @@ def until(is_so: Callable[[], bool], limit: timedelta, size: int = 1) -> bool:
 
 @contextlib.contextmanager
 def saying(line: Callable[[], str]) -> Generator[None]:
-    """While the context lasts, have a thread print a line, unless it is empty, after 20 seconds and once a minute."""
+    """During the context, a thread prints `line()`, unless it is empty, after 20 seconds and then once a minute."""
     is_over = threading.Event()
 
     def speak() -> None:
         wait_s = _FIRST_LINE_S
         while not is_over.wait(wait_s):
-            with contextlib.suppress(RuntimeError):  # the store is gone: whoever waits says so
+            with contextlib.suppress(RuntimeError):  # the store is gone, as the waiting thread reports
                 if text := line():
                     say(text)
             wait_s = _NEXT_LINE_S

@@ -1,4 +1,4 @@
-"""The processes of one run: who is who, and what they tell one another by collectives."""
+"""The processes of one run: their ranks, and the collectives between them."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ _SIGNAL, _PARTS = 0, 1
 
 
 class CommonStep:
-    """A step at which all ranks agree soon after one of them has asked for it, and of which no step has to wait.
+    """A step at which all ranks agree soon after one of them requests it, without a wait in every step.
 
-    The threads that watch the ranks (see `failing.py`) tell one another through torch's store which step each rank ends
-    next. The greatest of these is the common one: no rank has passed it, and since nobody passes the step that it has
-    told before all are known, all of them hear of it in time. So it comes within a step, however slow steps become.
-    Rank 0 reads what all have told, and tells the others.
-    It comes once in a run. The main thread calls `is_here`, the watching one the rest.
+    The threads that watch the ranks (see `failing.py`) exchange through torch's store which step each rank ends next.
+    The largest of these is the common step. No rank has passed it, and no rank passes the step that it has told before
+    all are known, so all of them learn of it in time. It comes within one step, however slow steps are. Rank 0 reads
+    the steps of all ranks, and tells the others the largest. There is one common step per run. The main thread calls
+    `is_here`, the watching thread everything else.
     """
 
     def __init__(self) -> None:
         self.is_wanted = False
-        """Set it to ask for one; a signal handler may."""
+        """Set it to request the common step; safe in a signal handler."""
         self._steps = 0
-        """Those that the main thread has ended."""
+        """Steps that the main thread has ended."""
         self._told: int | None = None
         self._common: int | None = None
         self._lock, self._is_decided = threading.Lock(), threading.Event()
 
     def is_here(self) -> bool:
-        """Whether the step that ends here is the common one. Every rank calls it after every step.
+        """Whether the step that ends here is the common one. All ranks call it after every step.
 
-        It waits only where one is wanted, until the threads of all ranks have heard of that.
+        It waits only if a common step was requested, until the threads of all ranks know.
         """
         with self._lock:
             self._steps += 1
@@ -57,7 +57,7 @@ class CommonStep:
         return self._steps == self._common
 
     def poll(self, store: Any, rank: int, size: int) -> None:
-        """Tell the other ranks, and hear of them. Call it often; raises `RuntimeError` where the store is gone."""
+        """Exchange with the other ranks. Call it often; raises `RuntimeError` if the store is gone."""
         if self._is_decided.is_set():
             return
         if self._told is None:
@@ -77,63 +77,63 @@ class CommonStep:
             self._is_decided.set()
 
     def give_up(self) -> None:
-        """Have the main thread go on, since the store is gone."""
+        """Let the main thread continue, since the store is gone."""
         self._is_decided.set()
 
 
 @dataclass
 class World:
-    """This process among those of the run. Alone by default, where every call is free."""
+    """This process among those of the run. By default a single process, for which all calls cost nothing."""
 
     rank: int = 0
     local_rank: int = 0
-    """Number among the processes of this machine, and of its GPU."""
+    """Number among the processes of this machine, and index of its GPU."""
     size: int = 1
     store: Any = None
-    """torch.distributed.Store of this attempt, None for one process."""
+    """torch.distributed.Store of this attempt; None for one process."""
     progress: Progress = field(default_factory=Progress)
-    """What the main thread is at."""
+    """The progress of the main thread."""
     common_step: CommonStep = field(default_factory=CommonStep, compare=False)
-    """Where the ranks agree soon."""
+    """The next step at which the ranks agree."""
     start_limit: timedelta = timedelta(hours=1)
-    """How long one that waits in the store waits; without a limit where `Failing` watches whoever is late."""
+    """Time limit for waits in the store; no limit while `Failing` watches late ranks."""
     local_size: int = 1
-    """How many processes of the run this machine has."""
+    """Number of the run's processes on this machine."""
     launch: str = ""
-    """A name that all attempts of one launch share while torchrun's own store lives; empty for one process."""
+    """A name that all attempts of one launch share while torchrun's own store exists; empty for one process."""
     joins_alone: bool = False
-    """Whether one process, too, makes its collectives and averages its gradients, as a test of NCCL on one GPU does."""
+    """Whether a single process also makes collectives and averages gradients, to test NCCL on one GPU."""
     _side: Channel | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_joined(self) -> bool:
-        """Whether there are collectives: several processes, or one that makes them alone."""
+        """Whether there are collectives: with several processes, or with `joins_alone`."""
         return self.size > 1 or self.joins_alone
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the files and speaks for all."""
+        """Whether this process writes the files and prints for all."""
         return self.rank == 0
 
     def say(self, line: str) -> None:
-        """Print a line about this process alone; that of a rank that does not speak for all begins with its number."""
+        """Print a line about this process; on all ranks but the first it begins with the rank's number."""
         terminal.say(line if self.is_first else f"rank {self.rank}: {line}")
 
     def host(self, rank: int) -> str:
-        """The name of the machine that a rank is on, as far as it has told it."""
+        """The name of a rank's machine, if it has told it."""
         key = f"host/{rank}"
         if self.store is None or not self.store.check([key]):
             return "a host not known yet"
         return self.store.get(key).decode(errors="replace")
 
     def sum(self, values: Tensor) -> None:
-        """Add up `values` over all ranks, in place."""
+        """Sum `values` over all ranks, in place."""
         if self.is_joined:
             with self.progress.waiting():
                 torch.distributed.all_reduce(values)
 
     def least(self, value: Tensor) -> Tensor:
-        """The least over all ranks of each element, as a new tensor."""
+        """The elementwise minimum over all ranks, as a new tensor."""
         least = value.clone()
         if self.is_joined:
             with self.progress.waiting():
@@ -141,7 +141,7 @@ class World:
         return least
 
     def greatest(self, *numbers: float) -> list[float]:
-        """The greatest over all ranks of each number; by the host's network whatever the device."""
+        """The maximum over all ranks of each number; always over the host's network."""
         common = torch.tensor(numbers, dtype=torch.float64)
         if self.is_joined:
             with self.progress.waiting():
@@ -149,9 +149,9 @@ class World:
         return common.tolist()
 
     def average_buffers(self, module: nn.Module) -> None:
-        """Average running statistics (BatchNorm's) over the ranks, each of which has those of its share; as timm does.
+        """Average the running statistics of BatchNorm over the ranks, as timm does; each rank has those of its share.
 
-        No other buffer: a constant is the same everywhere, and an average of three of it need not be.
+        Other buffers are left alone: constants are the same everywhere, and averaging could change their last bits.
         """
         for name, buffer in module.named_buffers():
             if self.is_joined and name.endswith(("running_mean", "running_var")):
@@ -159,7 +159,7 @@ class World:
                 buffer /= self.size
 
     def from_first(self, value: T | None) -> T:
-        """Rank 0's value (anything that can be pickled) on every rank."""
+        """Rank 0's value (anything that can be pickled), on every rank."""
         if not self.is_joined:
             return value  # type: ignore[return-value]
         values = [value]
@@ -169,33 +169,33 @@ class World:
 
     @property
     def side(self) -> Channel:
-        """The ranks' own channel, of which no call ends but with the other ranks. The first to ask are all together.
+        """The ranks' own channel; its calls wait for the other ranks. All ranks must make the first access together.
 
-        `joined` asks. One thread beside the main one may wait for a neighbour in it.
+        `joined` makes that access. One thread besides the main one may wait for a neighbour in it.
         """
         if self._side is None:
             self._side = self.channel(timedelta(days=365))
         return self._side
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value (anything that can be pickled), by rank, on every rank, which has memory for all."""
+        """Every rank's value (anything that can be pickled), by rank, on every rank; all must fit in its memory."""
         return self.from_first(self.gather_on_first(value))  # type: ignore[return-value]
 
     def gather_on_first(self, value: T) -> list[T] | None:
-        """Every rank's value (anything that can be pickled), by rank, on the first one; None on the others."""
+        """Every rank's value (anything that can be pickled), by rank, on the first rank; None on the others."""
         if not self.is_joined:
             return [value]
         with self.progress.waiting():
             return self.side.gather(value)
 
     def wait_for_all(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until all ranks call this."""
         self.greatest(0.0)
 
     def channel(self, timeout: timedelta, *, agrees: bool = False) -> Channel:
-        """Make a channel among all ranks, which call this together.
+        """Make a channel between all ranks; all of them must call this together.
 
-        A rank that hangs fails the others' calls after `timeout`. `agrees`: see `Channel.agree`.
+        If a rank hangs, the others' calls fail after `timeout`. `agrees`: see `Channel.agree`.
         """
 
         def group() -> Any:
@@ -207,9 +207,9 @@ class World:
 
 
 def collectives_begun() -> int:
-    """The collectives of all ranks that this one has begun, those that torch calls by itself included; see `World`.
+    """The number of collectives that this rank has begun, including torch's own; see `World`.
 
-    0 where torch does not count them. Safe in any thread.
+    0 if torch does not count them. Safe in any thread.
     """
     group: Any = torch.distributed.group.WORLD
     try:
@@ -219,25 +219,27 @@ def collectives_begun() -> int:
 
 
 class Channel:
-    """The ranks of a `World` as a thread beside the main one talks with them, without a wait in a step or its stream.
+    """Communication between the ranks of a `World` for a thread besides the main one, without a wait in a step.
 
-    It goes over the host's network, in a Gloo group of its own. Every rank makes the same calls in the same order, from
-    one thread. They raise `RuntimeError` where another rank has ended.
+    It uses its own Gloo group over the host's network. All ranks must make the same calls in the same order, from one
+    thread. Calls raise `RuntimeError` if another rank has ended.
 
-    A rank is connected with its two neighbours and with those that a binomial tree links it to, at most 2 + log2(size).
+    A rank is connected with its two neighbours and its neighbours in a binomial tree, at most 2 + log2(size) ranks.
     """
 
     def __init__(
         self, rank: int, size: int, group: Any, main_group: Any = None, progress: Progress | None = None
     ) -> None:
-        """See `World.channel`. `group` None: alone. `main_group`: the one in which `agree` goes; `progress`: its."""
+        """See `World.channel`. `group` None: a single process. `main_group`: for `agree`; `progress`: of the main
+        thread.
+        """
         self.rank, self.size, self._group, self._main_group = rank, size, group, main_group
         self._progress = progress or Progress()
 
     def agree(self, number: int) -> Callable[[], int]:
-        """Begin to find the greatest of all ranks' numbers (int64); a call of what is returned waits for it.
+        """Start to find the maximum of all ranks' numbers (int64); calling the returned function waits for it.
 
-        For the main thread, beside what the other one does: the channel must have been made with `agrees`.
+        For the main thread, while the other thread works; the channel must have been made with `agrees`.
         """
         if self._group is None:
             return lambda: number
@@ -254,7 +256,7 @@ class Channel:
         return wait
 
     def connect(self) -> None:
-        """Make the connections that later calls need, which takes the store: every rank calls it together."""
+        """Make the connections that later calls need, through the store; all ranks call it together."""
         if self._group is None:
             return
         self.gather(None)
@@ -263,10 +265,10 @@ class Channel:
             connect_ring(self._main_group)
 
     def gather(self, part: T, *, of: int | None = None) -> list[T] | None:
-        """Every rank's part (anything that can be pickled) on rank 0, by rank; None on the others.
+        """Every rank's part (anything that can be pickled), by rank, on rank 0; None on the others.
 
-        Parts travel as they are, one at a time, up a binomial tree: a rank between holds no more than one beside its
-        own. `of`: the first so many ranks take part, and the others do nothing; default: all.
+        Parts are passed up a binomial tree one at a time, so an inner rank holds at most one besides its own. `of`:
+        only the first so many ranks take part; default: all.
         """
         if self._group is None:
             return [part]
@@ -277,7 +279,7 @@ class Channel:
         if rank:
             self._send(_pickled(part), above)
         while rank % (2 * step) == 0 and rank + step < size:
-            for _ in range(min(step, size - rank - step)):  # those below that rank, itself first
+            for _ in range(min(step, size - rank - step)):  # that rank and those below it
                 data = self._receive(rank + step)
                 if rank:
                     self._send(data, above)
@@ -298,7 +300,7 @@ class Channel:
         return data
 
     def signal(self, rank: int) -> None:
-        """End that rank's `wait_for` this one."""
+        """End the other rank's `wait_for` this one."""
         self._group.send([torch.zeros(1)], rank, _SIGNAL).wait()
 
     def wait_for(self, rank: int) -> None:
@@ -307,12 +309,12 @@ class Channel:
 
 
 def connect_ring(group: Any) -> None:
-    """Connect every rank of a Gloo group with its two neighbours, as its sums do."""
+    """Connect every rank of a Gloo group with its two neighbours, as its all-reduce does."""
     group.allreduce([torch.zeros(1)]).wait()
 
 
 def _pickled(part: Any) -> Tensor:
-    """uint8 (n,)"""
+    """The pickled part, uint8 (n,)."""
     buffer = io.BytesIO()
     pickle.dump(part, buffer, pickle.HIGHEST_PROTOCOL)
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
