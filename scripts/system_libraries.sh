@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install what ffcv needs to build: a C++ compiler, pkg-config, OpenCV 4, libturbojpeg and Python's headers.
-# Does nothing where all of it is there. What it runs with sudo it says and asks for first; YES=1 agrees, and without a
-# terminal nothing is asked. Usage: [YES=1] sh scripts/system_libraries.sh PYTHON
+# Does nothing if all of it is installed. Before it runs sudo, it shows the commands and asks; with YES=1, or without a
+# terminal, it does not ask. Usage: [YES=1] sh scripts/system_libraries.sh PYTHON
 set -eu
 python=${1:-python3}
 debian="g++ pkg-config libopencv-dev libturbojpeg0-dev"
@@ -28,7 +28,7 @@ case "$lacking" in *Python*) debian="$debian python3-dev python3-venv" ;; esac
 update="env DEBIAN_FRONTEND=noninteractive apt-get -qq update"
 install="env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $debian"
 
-# Whether the user agrees, who is asked where there is a terminal, unless YES=1 agrees for all.
+# Whether the user agrees: asks in a terminal, unless YES=1.
 agreed() {
     case "${YES:-}" in 1 | y | yes | true) return 0 ;; esac
     [ -t 0 ] || return 0

@@ -1,11 +1,13 @@
 # Sourced by the batch scripts beside it.
 #
 # `step_with_requeue SIGNAL STATUS COMMAND...` runs a step of the job. SIGUSR1, which `--signal=B:USR1@120` sends to the
-# batch shell two minutes before the time limit, is passed on to the step as SIGNAL. A step that then ends with STATUS has
-# ended because of it: the job is queued again, under the same number, and the same script goes on. A step that ends with
-# another status has finished (0) or failed: that is the job's status. srun passes signals on to its tasks.
+# batch shell two minutes before the time limit, is passed on to the step as SIGNAL. If the step then ends with STATUS,
+# it
+# ended because of the signal: the job is queued again, with the same number, and the same script continues. If it ends
+# with another status, it has finished (0) or failed, and the job gets that status. srun passes signals on to its tasks.
 #
-# Where STATUS does not tell a stop from a failure, the script defines `has_progress`: a job without is not queued again.
+# If STATUS does not distinguish a stop from a failure, the script defines `has_progress`: a job without progress is not
+# queued again.
 
 # shellcheck shell=bash
 step_with_requeue() {
