@@ -109,7 +109,7 @@ def _has_spectra_to_do(config: Config, folder: Path, updates: int) -> bool:
 
 def _read_alike(path: Path, world: World) -> Checkpoint:
     """Read the checkpoint, which must be the same file on every rank. Raises `UserError`."""
-    advice = "It must be on a disk that all nodes share: choose --output or --resume there."
+    advice = "It must be on a disk that all nodes see: choose --output or --resume there."
     resumed = read_checkpoint(path) if world.is_first else None
     expected = world.from_first(_size_and_updates(path, resumed) if resumed else None)
     if resumed:

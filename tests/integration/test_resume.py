@@ -246,7 +246,7 @@ def test_an_attempt_that_died_before_its_first_checkpoint_is_taken_over(small, t
     assert records(run, "train")
     result = Trainer(parse(argv), "x").run()
     assert result.run_dir == run
-    assert "has an attempt that ended before its first checkpoint; it begins anew" in capsys.readouterr().out
+    assert "has an attempt that ended before its first checkpoint; the run starts anew" in capsys.readouterr().out
     assert list(losses(run))[:2] == [5, 10]
     updates = [record["update"] for record in records(run, "spec")]
     assert updates == sorted(set(updates))

@@ -265,7 +265,7 @@ def test_what_comes_too_late_for_the_budget_is_said():
     ("options", "message"),
     [
         (Options(only=("nothing",)), "--only nothing is not a bench. There are: prep"),
-        (Options(only=("end-to-end-base",)), "--only end-to-end-base is no bench of this device's"),
+        (Options(only=("end-to-end-base",)), "--only end-to-end-base is not a bench for this device"),
         (Options(only=()), "--only names no bench"),
         (Options(repeats=0), "--repeats is 0, expected 1 or more"),
         (Options(budget=0.0), "--budget is 0, expected minutes above 0"),

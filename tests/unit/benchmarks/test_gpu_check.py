@@ -83,7 +83,7 @@ def test_the_check_refuses_at_once_without_a_gpu(checkout):
         ({"jobs": 0}, "--jobs is 0"),
         ({"only": (",",)}, "--only names nothing"),
         ({"only": ("loader,stpe",)}, r"--only stpe is not a bench. There are: tests, prep"),
-        ({"only": ("prep",)}, r"--only prep is no bench of this device's. Here are: tests, step"),
+        ({"only": ("prep",)}, r"--only prep is not a bench for this device. There are: tests, step"),
         ({"without_gpu": True}, "exclude each other"),
     ]
     for wrong, message in cases:

@@ -89,7 +89,7 @@ def test_chosen_cases_read_the_set_several_times_over(tmp_path):
     assert len(kept) == 1
     assert result.extra["times"] == 3
     assert {path.name for path in tmp_path.glob("*.beton")} == {"photos_10.beton", "photos_10_32.beton"}
-    with pytest.raises(UserError, match=r"--cases timmm is none of this bench's here\. There are: ffcv"):
+    with pytest.raises(UserError, match=r"--cases timmm is not a case of this bench here\. There are: ffcv"):
         loader.run(replace(options, cases=("timmm",)))
     sides = np.arange(10) + 100
     plan = loader.plan_of(sides, sides + 1, options, loader.TrainRules())

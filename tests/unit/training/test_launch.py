@@ -233,7 +233,7 @@ def test_a_rank_that_sees_another_file_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(World, "from_first", lambda self, value: next(given))
     monkeypatch.setattr(World, "gather_on_first", lambda self, value: None)
     monkeypatch.setattr(World, "gather", lambda self, value: [value])
-    with pytest.raises(UserError, match=r"On .*last\.pth\.tar does not exist.* Rank 0 could read .* all nodes share"):
+    with pytest.raises(UserError, match=r"On .*last\.pth\.tar does not exist.* Rank 0 could read .* all nodes see"):
         find_start(config, World(rank=1, size=2))
     size = save(tmp_path / "last.pth.tar", 11).stat().st_size
     given = iter([[], (config.run.resume, None), (size, 12)])

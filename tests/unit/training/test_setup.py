@@ -53,7 +53,7 @@ def test_where_it_is_kept(tmp_path, monkeypatch):
     assert keep_compiled_code(tmp_path / "flag") == tmp_path / "flag"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "flag")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/x, where compiled code is to be kept.*--compile-cache"):
+    with pytest.raises(UserError, match=r"file/x, the folder for compiled code.*--compile-cache"):
         keep_compiled_code(tmp_path / "file" / "x")
 
 
