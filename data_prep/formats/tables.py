@@ -126,9 +126,9 @@ def read_tables(path: str | os.PathLike[str], into: Mapping[str, np.ndarray] | N
 def scan_tables(layout: Layout, take: Callable[[Mapping[str, np.ndarray]], None]) -> str | None:
     """Read and check as `read_tables`, but keep nothing: `take` is given `COLUMNS`, a block of samples at a time.
 
-    Returns `index_checksum` of the file. None: the tables can be used by `columns_in_place` only where both are in the
-    order of the samples and these in that of their addresses, which they are not, or something is wrong; `read_tables`
-    tells. Raises `BetonError` of a file that cannot be read, or is another than `layout` is of.
+    Returns `index_checksum` of the file; None if something is wrong, which `read_tables` names, or if tables and
+    samples are not both in the order of the addresses, which `columns_in_place` needs. Raises `BetonError` for a file
+    that cannot be read, or that is not the one of `layout`.
     """
     with _reading(layout.path) as file:
         if _read_layout(layout.path, file) != layout:
@@ -142,10 +142,10 @@ def scan_tables(layout: Layout, take: Callable[[Mapping[str, np.ndarray]], None]
 
 
 def columns_in_place(file_bytes: np.ndarray, num_samples: int, table_start: int) -> dict[str, np.ndarray]:
-    """`COLUMNS` of a file as they lie in its `file_bytes`, uint8, such as a map: nothing is copied.
+    """`COLUMNS` of a file as views of its `file_bytes`, uint8, such as a map: nothing is copied.
 
-    Heights and widths are uint16, and none is contiguous or aligned. The file is one of which `scan_tables` has given
-    a checksum.
+    Heights and widths are uint16, and no column is contiguous or aligned. `scan_tables` must have returned a checksum
+    for the file.
     """
 
     def table(start: int, dtype: np.dtype) -> np.ndarray:
@@ -194,7 +194,7 @@ def _read_layout(path: Path, file: FileIO) -> Layout:
 def _blocks(
     layout: Layout, file: FileIO, start: int, dtype: np.dtype, digest: Any = None
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Read a table of one row a sample from `start` on; yield which samples, and their rows, which do not last."""
+    """Read a table with a row per sample from byte `start` on; yield which samples, and their rows, until the next."""
     buffer = memoryview(bytearray(_BLOCK * dtype.itemsize))
     for first in range(0, layout.num_samples, _BLOCK):
         last = min(first + _BLOCK, layout.num_samples)
@@ -214,7 +214,7 @@ def _blocks(
 def _read_blocks(
     layout: Layout, file: FileIO, columns: Mapping[str, np.ndarray], digest: Any
 ) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
-    """Fill all columns, a block at a time; yield each, and whether nothing was wrong or in another order so far.
+    """Fill all columns, a block at a time; yield each block, and whether all is valid and in order so far.
 
     `columns`: of all samples, or of one block, to be filled with each in turn. Sizes are those of the samples only
     where nothing was wrong. `digest` is given rows and allocation table.
@@ -231,7 +231,7 @@ def _read_blocks(
         image = samples["image"]
         block["modes"][:], block["labels"][:] = image["mode"], samples["label"]
         block["heights"][:], block["widths"][:] = image["height"], image["width"]
-        block["pointers"][:] = image["data_ptr"].view(np.int64)  # what is below zero then is beyond every file
+        block["pointers"][:] = image["data_ptr"].view(np.int64)  # a negative one is beyond every file
         block["sizes"][:] = table["size"].view(np.int64)
         is_sound = is_sound and _is_sound(layout, rows.start, block, table, before)
         before = int(block["pointers"][-1]), int(block["sizes"][-1])
@@ -241,7 +241,7 @@ def _read_blocks(
 def _is_sound(
     layout: Layout, first: int, block: Mapping[str, np.ndarray], table: np.ndarray, before: tuple[int, int]
 ) -> bool:
-    """Whether nothing is wrong with samples from `first` on, and they are in the order of their addresses.
+    """Whether samples from `first` on are valid, and in the order of their addresses.
 
     `table`: their rows of the allocation table; `before`: pointer and size of the sample before them.
     """
@@ -261,7 +261,7 @@ def _is_sound(
         return False
     ends = pointers + sizes
     is_free = pointers[1:] >= ends[:-1]
-    if not is_free.all():  # neighbours that have all their bytes in common are no error
+    if not is_free.all():  # neighbours may share all their bytes
         is_free |= (pointers[1:] == pointers[:-1]) & (sizes[1:] == sizes[:-1])
     sample = int(pointers[0]), int(sizes[0])
     return bool(

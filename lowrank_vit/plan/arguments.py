@@ -28,7 +28,7 @@ class Steps(Protocol):
 
 
 def sides_of(images: Sizes) -> tuple[np.ndarray, np.ndarray]:
-    """Heights and widths, for `of`; they may be lists. Raises `UserError` for what has none, such as a path.
+    """Heights and widths, for `of`; they may be lists. Raises `UserError` for an object without, such as a path.
 
     Those of a `Beton` were checked when it was opened, and are not walked through again.
     """

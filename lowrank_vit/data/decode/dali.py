@@ -66,7 +66,7 @@ class _Part(NamedTuple):
 
     sources: Sources
     whole: BatchPlan | None
-    """The whole batch's plan, where this is its last part."""
+    """The whole batch's plan if this is its last part, else None."""
     labels: np.ndarray
     """int64 (B,), of the whole batch; read with the samples, while the file is known to be whole."""
 

@@ -103,7 +103,7 @@ class FfcvBackend:
             self._decoding = None
 
     def _decoded(self, schedule: Schedule) -> Generator[tuple[Tensor, np.ndarray, BatchPlan], None, None]:
-        """Yield the batches as they lie on the host; runs in a thread of its own."""
+        """Yield the batches on the host; runs in a thread of its own."""
         numba.set_num_threads(self._threads)  # a thread's own setting
         for plan in schedule:
             begun = time.perf_counter()
