@@ -1,1 +1,1 @@
-"""Turns a run directory into pictures and one self-contained HTML page."""
+"""Makes pictures and one self-contained HTML page of a run directory."""

@@ -1,4 +1,4 @@
-"""`python -m lowrank_vit.report RUN`: RUN/report.html and its pictures; also of an analysis or a compression."""
+"""`python -m lowrank_vit.report RUN` writes RUN/report.html and its pictures; RUN may be an analysis or compression."""
 
 from __future__ import annotations
 
@@ -63,19 +63,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def _report(options: Options) -> None:
     if options.port is not None and not options.watch:
-        raise UserError("--port is about --watch, which is not there. Add --watch, or leave --port out.")
+        raise UserError("--port needs --watch. Add --watch, or leave --port out.")
     if options.dark and (options.watch or options.export or not options.png):
-        raise UserError("--dark is about pictures in files, which --watch, --export and --no-png do without.")
+        raise UserError("--dark is about PNG files, and --watch, --export and --no-png write none. Leave --dark out.")
     runs = [*options.runs, *([options.against] if options.against else [])]
     if len(runs) > 1:
         _compare(runs, options)
         return
     (run,) = runs
     if options.out is not None and (options.watch or options.export):
-        raise UserError("--out is where a page is written, which --watch and --export do not. Leave --out out.")
+        raise UserError("--out is the folder of a written page, and --watch and --export write none. Leave --out out.")
     if options.export is not None:
         if options.watch:
-            raise UserError("--export writes tables alone. Leave --watch out.")
+            raise UserError("--export only writes tables. Leave --watch out.")
         from lowrank_vit.report.export import export_run, format_of
 
         form, folder = options.export
@@ -91,7 +91,7 @@ def _report(options: Options) -> None:
     from lowrank_vit.report.page import (
         draw_report,
         in_folder,
-    )  # torch takes seconds, which a wrong option must not cost
+    )  # importing torch takes seconds; a wrong option is refused before that
 
     def draw() -> Drawn:
         return draw_report(run, options.png)
@@ -113,7 +113,7 @@ def _write(drawn: Drawn, options: Options, draw: Callable[[], Drawn]) -> None:
 def _compare(runs: Sequence[Path], options: Options) -> None:
     for name in ("watch", "export"):
         if getattr(options, name):
-            raise UserError(f"--{name} goes with one run, and {len(runs)} are given. Leave it out.")
+            raise UserError(f"--{name} takes one run, but {len(runs)} are given. Leave --{name} out.")
     from lowrank_vit.report.compare.page import draw_comparison
 
     def draw() -> Drawn:

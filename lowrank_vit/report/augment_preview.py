@@ -1,4 +1,4 @@
-"""The picture of what training flags do to images: each operation at every level, and a batch."""
+"""A picture of what the augmentation flags do to images: each operation at every level, and a batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHOWN = 24
 DEFAULT_POLICY = "rand-m9-mstd0.5-inc1"
 
 Images = tuple[list[np.ndarray], np.ndarray, list[str], str]
-"""uint8 (H, W, 3) each, labels, class names, and where they come from."""
+"""Images, uint8 (H, W, 3) each; labels; class names; and where the images come from."""
 
 
 def preview_plot(
@@ -50,9 +50,9 @@ def preview_plot(
     recipe: str,
     origin: str,
 ) -> bytes:
-    """A PNG: one row of `grid` for each operation, uint8 (levels, H, W, 3), and below it `samples`, uint8 (B, S, S, 3).
+    """A PNG: a row of `grid` for each operation, uint8 (levels, H, W, 3), and below it `samples`, uint8 (B, S, S, 3).
 
-    `captions` has one line for each sample; `recipe` and `origin` say which flags and whose images are shown.
+    `captions` has a line for each sample; `recipe` names the flags, `origin` the source of the images.
     """
     rows = -(-len(samples) // _SAMPLES_A_ROW)
     heights = [_TILE_IN * len(grid) + 0.3, (_SAMPLE_IN + 0.32) * rows + 0.3]
@@ -133,7 +133,7 @@ def _describe(config: Config) -> str:
 
 
 def _open_images(data_dir: Path) -> tuple[tuple[np.ndarray, np.ndarray], Callable[[np.ndarray], Images]]:
-    """Heights and widths of all images, and a function that reads those of some ids."""
+    """Heights and widths of all images, and a function that reads the images of some ids."""
     path = data_dir / "train.beton"
     if path.exists() or find_parts(path):
         beton = Beton(path)
@@ -165,14 +165,14 @@ def _of_beton(beton: Beton, ids: np.ndarray) -> Images:
 
 
 LEVELS = (0, 2, 4, 6, 8, 10)
-"""Of the grid's columns, on timm's scale."""
+"""Levels of the grid's columns, on timm's scale."""
 
 
 def by_level(image_HWC: np.ndarray, policy: Policy, fill: np.ndarray) -> dict[str, np.ndarray]:
     """For each operation of the policy: its name -> the image at every level of `LEVELS`, uint8 (6, H, W, 3).
 
-    Directions are positive, geometric operations bicubic, and what is drawn besides the level is in its middle. `fill`:
-    uint8 (3,).
+    Directions are positive, geometric operations bicubic, and other random parameters are at the middle of their range.
+    `fill`: the colour outside the image, uint8 (3,).
     """
     names = dict.fromkeys(op.name for row in policy.rows for op in row)
     shape = (len(LEVELS), 1)
@@ -193,8 +193,8 @@ def as_the_model_sees_them(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Augment decoded uint8 crops (B, S, S, 3) and int labels (B,) by the plan.
 
-    Returns uint8 (B, S, S, 3), the model's float images turned back into pixels and clipped, and float32 (B, classes),
-    the soft targets.
+    Returns the images that the model gets as pixels again, clipped, uint8 (B, S, S, 3), and the soft targets, float32
+    (B, classes).
     """
     images = augment.prepare(torch.from_numpy(crops_BHWC.copy()).permute(0, 3, 1, 2), plan)
     images, *drawn = augment.begin(images, plan)
@@ -204,7 +204,7 @@ def as_the_model_sees_them(
 
 
 def caption(soft_target: np.ndarray, smoothing: float, classes: list[str]) -> str:
-    """The labels that were mixed and their shares, without the smoothing: `cat 0.63 + dog 0.37`."""
+    """The mixed labels and their shares, without label smoothing: `cat 0.63 + dog 0.37`."""
     shares = (soft_target - smoothing / len(soft_target)) / (1 - smoothing)
     order = [n for n in np.argsort(-shares, kind="stable") if shares[n] > 0.005]
     return " + ".join(

@@ -1,4 +1,4 @@
-"""Which classes are taken for which: the confusion matrix as a picture, and the most frequent mistakes."""
+"""The confusion matrix as a picture, with the most frequent mistakes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lowrank_vit.report.style import INK, MUTED, heading, new_figure, png, style
 MISTAKES = 16
 """How many kinds of mistakes are listed."""
 _LABELLED = 20
-"""Up to so many classes have their names at the axes, and their counts in the cells."""
+"""Up to so many classes are named at the axes and have their counts in the cells."""
 _CELLS = 680
-"""Along an axis of the picture, which has more pixels; more cells would not all be seen."""
+"""Most cells along an axis of the picture; more would be smaller than a pixel."""
 _NAME_LENGTH = 24
 
 
@@ -26,7 +26,7 @@ class Mistake(NamedTuple):
     predicted: int
     times: int
     num_samples: int
-    """Of the true class."""
+    """Samples of the true class."""
 
 
 def classes_a_cell(num_classes: int) -> int:
@@ -37,9 +37,13 @@ def classes_a_cell(num_classes: int) -> int:
 def confusion_plot(
     counts_BB: np.ndarray, mistakes: Sequence[Mistake], class_names: Sequence[str], subtitle: str
 ) -> bytes:
-    """PNG bytes; int (B, B) counts by `classes_a_cell` classes, rows are true ones. Cells show shares of their row.
+    """The picture as PNG bytes; cells show shares of their row.
 
-    `mistakes`: the most frequent ones, at most `MISTAKES`.
+    Args:
+        counts_BB: int (B, B) counts, each cell of `classes_a_cell` classes; rows are true classes.
+        mistakes: the most frequent ones, at most `MISTAKES`.
+        class_names: one for each class.
+        subtitle: the line under the title.
     """
     num_classes = len(class_names)
     together = classes_a_cell(num_classes)

@@ -19,7 +19,7 @@ from lowrank_vit.report.style import MUTED, browser_look, by_type, heading, new_
 
 ENDING = "_drift.json"
 _NUMBERS = (
-    ("update_rel", msg("change beside the weights, Frobenius norms"), "‖ΔW‖ / ‖W‖"),
+    ("update_rel", msg("change relative to the weights, Frobenius norms"), "‖ΔW‖ / ‖W‖"),
     ("update_normF", msg("Frobenius norm of the change"), "‖ΔW‖"),
     ("update_norm2", msg("spectral norm of the change"), "‖ΔW‖₂"),
     ("delta_sv_rel", msg("change of singular values"), "Δσ / σ"),
@@ -32,27 +32,27 @@ _NUMBERS = (
 _TOLD = (
     (
         "update_rel",
-        msg("Change beside the weights, ‖ΔW‖ / ‖W‖, means by type, the largest first: {types}. The largest of a matrix "
-            "is {value:.3g}, of {name}."),
+        msg("Change relative to the weights, ‖ΔW‖ / ‖W‖, means by type, the largest first: {types}. The largest of a "
+            "single matrix is {value:.3g} ({name})."),
     ),
     (
         "delta_sv_rel",
-        msg("Change of the singular values, Δσ / σ, means by type, the largest first: {types}. The largest of a matrix "
-            "is {value:.3g}, of {name}."),
+        msg("Change of the singular values, Δσ / σ, means by type, the largest first: {types}. The largest of a single "
+            "matrix is {value:.3g} ({name})."),
     ),
     (
         "block_cos_u_overlap",
-        msg("Overlap of the top left vectors before and after (1: the same, 0: chance), means by type, the lowest, "
-            "turned most, first: {types}. The lowest of a matrix is {value:.3g}, of {name}."),
+        msg("Overlap of the top left vectors before and after (1: the same, 0: chance), means by type, the lowest "
+            "(most turned) first: {types}. The lowest of a single matrix is {value:.3g} ({name})."),
     ),
 )  # fmt: skip
-"""What sentences are about; norms of changes are left out, since they grow with the matrix."""
+"""Metrics with a sentence, and its form; norms of changes are left out, since they grow with the matrix."""
 _IS_LESS = ("block_cos_u_overlap", "block_cos_v_overlap")
-"""Numbers of which the least have moved most; by chance they are 0."""
+"""Metrics whose lowest values moved most; by chance they are 0."""
 
 
 def find_drift(path: Path) -> Path | None:
-    """The `*_drift.json` that `path` is, or the only one in a folder that holds no run and no analysis; else None."""
+    """`path` if it is a `*_drift.json`, or the only one in a folder without a run or an analysis; else None."""
     if path.is_file():
         return path if path.name.endswith(ENDING) else None
     found = list(path.glob(f"*{ENDING}"))
@@ -103,21 +103,21 @@ def _words(meta: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[st
 
 
 def _notes(layers: Mapping[str, Mapping[str, Any]], numbers: Sequence[tuple[str, str, str]]) -> list[str]:
-    """What charts cannot show."""
+    """Notes on what the charts cannot show."""
     if not numbers:
-        return [tr("No number of it is finite.")]
+        return [tr("No number in it is finite.")]
     unbound = [name for name, of in layers.items() if "turn_bound" in of and not np.isfinite(_number(of, "turn_bound"))]
     if not unbound:
         return []
     text = msg(
-        "Of {n} of {all} matrices, {name} first, there is no bound on the block's turn: they changed by more than the "
-        "gap behind the block, or are not finite."
+        "The block's turn has no bound in {n} of {all} matrices ({name} first): they changed by more than the gap "
+        "after the block, or are not finite."
     )
     return [tr(text, n=len(unbound), all=len(layers), name=unbound[0])]
 
 
 def _sentence(layers: Mapping[str, Mapping[str, Any]], key: str, form: str) -> str:
-    """Every type by this number, those that moved most first, and the matrix that did; empty without it."""
+    """The means of all types, the most moved first, and the most moved matrix; empty without this metric."""
     known = {name: value for name, of in layers.items() if math.isfinite(value := _number(of, key))}
     if not known:
         return ""
@@ -156,7 +156,7 @@ def _embedded(layers: Mapping[str, Mapping[str, Any]], numbers: list[tuple[str, 
         ] * (key in _IS_LESS), whole=True)
         for key, title, label in numbers
     ]  # fmt: skip
-    made = figure("drift", tr("From the one to the other, by depth"), "", {"all": panels}, logarithmic="off")
+    made = figure("drift", tr("Change between the two, by depth"), "", {"all": panels}, logarithmic="off")
     looks = {kind: browser_look(kind) for kind in types}
     columns = {key: np.array([_number(of, key) for of in layers.values()]) for key, _, _ in numbers}
     tables = {"matrices": {"matrix": list(layers), **columns}} if columns else {}

@@ -1,4 +1,4 @@
-"""The numbers that a run logs while it goes, as columns by update: lines of `metrics.jsonl`, scalars of the spectra."""
+"""The numbers that a run logs, as columns by update: lines of `metrics.jsonl` and scalars of the spectra."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lowrank_vit.spectral.watching.scalars import ScalarHistory
 T = TypeVar("T")
 
 MAX_SNAPSHOTS = 240
-"""More refreshes than a picture has columns for are thinned evenly to this many."""
+"""More refreshes than this are thinned evenly: a picture has no more columns."""
 
 SCALARS = frozenset(
     """sigma_max stable_rank effective_rank alpha alpha_sigma mp_outliers chance_u chance_v cos_u_mean cos_v_mean
@@ -36,7 +36,7 @@ SCALARS = frozenset(
     for move in ("dw", "opt")
     for name in "stable_rank effective_rank top_u top_v top chance_u chance_v chance".split()
 }
-"""What the report shows of the scalars that a run logs of its spectra."""
+"""The scalars of the spectra that the report shows."""
 
 Columns = dict[str, np.ndarray]
 """A table by column: name to float64 array, all of one length; NaN where a cell is empty."""
@@ -47,12 +47,12 @@ _UPDATE = re.compile(rb'\{"kind": "[a-z]*", "update": (\d+)')
 
 
 def read_train(path: Path, notes: list[str]) -> Columns:
-    """Of the lines of kind train, by update; what is missing or damaged is added to `notes`."""
+    """The lines of kind train, by update. Notes on missing or damaged ones are added to `notes`."""
     rows: list[dict[str, float]] = []
     damaged: list[int] = []
     number = 0
     try:
-        with path.open("rb") as file:  # line by line: those of spectra may be gigabytes
+        with path.open("rb") as file:  # line by line: the lines of spectra may be gigabytes
             for number, line in enumerate(file, start=1):
                 if line.startswith(_SPEC_EVENT) and line.rstrip().endswith(b"}"):
                     continue  # long, many, and read elsewhere
@@ -82,28 +82,28 @@ def read_train(path: Path, notes: list[str]) -> Columns:
 
 
 def read_scalars(log: Path, history: ScalarHistory) -> Columns:
-    """`SCALARS` of each matrix, and what the log has of the same refreshes beside these: means, and how each went.
+    """`SCALARS` of each matrix, and from the log the means and the scalars about each refresh.
 
-    At most MAX_SNAPSHOTS refreshes, evenly spaced, and the newest of whole spectra. Where there are none of matrices,
+    At most MAX_SNAPSHOTS refreshes, evenly spaced, and the newest of whole spectra. Without scalars of matrices, only
     those of the log.
     """
     wanted = {*thinned(history.updates, MAX_SNAPSHOTS), *history.full_updates[-1:]}
     found = _read_lines(log, _SPEC_EVENT, lambda updates: wanted or thinned(updates, MAX_SNAPSHOTS), SCALARS)
     for update in wanted:
-        with contextlib.suppress(UserError):  # a run that goes on may have thinned it out meanwhile
+        with contextlib.suppress(UserError):  # a running training may have thinned it out in the meantime
             values = history.read(update).named(SCALARS)
             found.put(update, {key: value if math.isfinite(value) else math.nan for key, value in values.items()})
     return found.columns()
 
 
 def read_flows(log: Path, *, every: bool = False) -> Columns:
-    """All numbers of the lines of kind flow: of `every` one, or of at most MAX_SNAPSHOTS, evenly spaced."""
+    """All numbers of the lines of kind flow: of `every` line, or of at most MAX_SNAPSHOTS, evenly spaced."""
     choose = list[int] if every else (lambda updates: thinned(updates, MAX_SNAPSHOTS))
     return _read_lines(log, _FLOW_EVENT, choose, None).columns()
 
 
 class _Rows:
-    """A table that is filled row by row, of updates that are known before; as arrays, since rows are long."""
+    """A table that is filled row by row, for updates that are known beforehand; in arrays, since rows are long."""
 
     def __init__(self, updates: Iterable[int]) -> None:
         self._row = {update: row for row, update in enumerate(sorted(set(updates)))}
@@ -121,13 +121,13 @@ class _Rows:
             column[row] = value
 
     def clear(self, update: int) -> None:
-        """Forget the row of an update: a run that was resumed tells of it again."""
+        """Clear the row of an update: a resumed run logs it again."""
         if self._row[update] in self._filled:
             for column in self._columns.values():
                 column[self._row[update]] = math.nan
 
     def columns(self) -> Columns:
-        """The rows that were filled, by update; none without any."""
+        """The rows that were filled, by update; empty without any."""
         at = sorted(self._filled)
         updates = np.array(sorted(self._row), float)
         return {key: column[at] for key, column in (self._columns | {"update": updates}).items()} if at else {}
@@ -136,9 +136,9 @@ class _Rows:
 def _read_lines(
     path: Path, beginning: bytes, choose: Callable[[list[int]], Iterable[int]], metrics: Collection[str] | None
 ) -> _Rows:
-    """The lines that begin so and are of updates that are chosen: of these `metrics`, or all.
+    """The lines with this beginning, of the updates that `choose` picks; only `metrics`, or all numbers with None.
 
-    Damaged lines are noted with those of the training.
+    `read_train` makes the note on damaged lines.
     """
 
     def lines() -> Iterable[tuple[int, bytes]]:
@@ -161,13 +161,13 @@ def _read_lines(
 
 
 def thinned(items: Sequence[T], most: int) -> list[T]:
-    """So many of them at most, evenly spaced, with both ends."""
+    """At most `most` of the items, evenly spaced, with both ends."""
     at = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
     return [items[i] for i in at]
 
 
 def by_update(rows: Iterable[Mapping[str, float]]) -> Columns:
-    """Rows to columns, sorted; of two rows of one update (a resumed run repeats some) the later one counts."""
+    """Rows to columns, sorted; if an update has two rows (a resumed run repeats some), the later one counts."""
     latest = {row["update"]: row for row in rows}
     ordered = [latest[update] for update in sorted(latest)]
     names = dict.fromkeys(name for row in ordered for name in row)
@@ -175,7 +175,7 @@ def by_update(rows: Iterable[Mapping[str, float]]) -> Columns:
 
 
 def as_float(value: object) -> float:
-    """A number, or NaN for what is none."""
+    """The value as a float; NaN if it is no number."""
     try:
         return float(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError):

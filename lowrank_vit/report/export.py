@@ -23,7 +23,7 @@ Format = Literal["csv", "parquet"]
 
 
 _AT_ONCE = 4_000_000
-"""Numbers that are held, 32 MB, before they are written as a row group: the file tells of each column of each group."""
+"""Numbers held (32 MB) before they are written as a row group; each group costs metadata for each column."""
 
 
 def format_of(text: str) -> Format:
@@ -34,14 +34,17 @@ def format_of(text: str) -> Format:
 
 
 def export_run(path: Path, form: Format, out: Path) -> list[Path]:
-    """Write the tables of a run, finished or not, into the folder `out`, which is made; empty ones are left out.
+    """Write the tables of a run, finished or not, into the folder `out`, which is made; empty tables are left out.
 
-    `epochs` is `summary.csv`, `train` and `flows` are the lines of these kinds, by update. `scalars` has a row for each
-    refresh and matrix or mean, see `columns_of`; `singular_values` one for each refresh and matrix, with "s1", "s2" and
-    so on, as far as they are known. A cell without a number is empty, in Parquet null.
+    `epochs` is `summary.csv`; `train` and `flows` are the log's lines of these kinds, by update. `scalars` has a row
+    for each refresh and matrix or mean, see `columns_of`; `singular_values` has a row for each refresh and matrix, with
+    the columns "s1", "s2" and so on. A cell without a number is empty, in Parquet null.
+
+    Returns:
+        The files written.
 
     Raises:
-        UserError: there is nothing of a run in `path`, `out` cannot be written, or pyarrow is missing.
+        UserError: `path` holds nothing of a run, `out` cannot be written, or pyarrow is missing.
     """
     stored, notes = Spectra(store_dir_of(path)), list[str]()
     log = path / "metrics.jsonl"
@@ -53,7 +56,7 @@ def export_run(path: Path, form: Format, out: Path) -> list[Path]:
         "singular_values": _SingularValues(stored),
     }
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; tables are written into a folder. Give --export {form} another one.")
+        raise UserError(f"{out} is a file, but tables are written into a folder. Give --export {form} a folder.")
     write = _csv_file if form == "csv" else _parquet_file(form)
     written: list[Path] = []
     for name, of_table in chunks.items():
@@ -75,7 +78,7 @@ def export_run(path: Path, form: Format, out: Path) -> list[Path]:
 
 
 class _Scalars:
-    """Each refresh's; two passes read them twice, so that only one is in memory."""
+    """The scalars of each refresh; two passes read them twice, so that only one is in memory at a time."""
 
     def __init__(self, history: ScalarHistory) -> None:
         self._history = history
@@ -84,7 +87,7 @@ class _Scalars:
         for update in self._history.updates:
             try:
                 yield columns_of([self._history.read(update)])
-            except UserError:  # damaged, or thinned out meanwhile
+            except UserError:  # damaged, or thinned out in the meantime
                 continue
 
 
@@ -128,7 +131,7 @@ def _row_writer(file: TextIO, columns: list[str]) -> _Write:
 
 
 def _cells(values: np.ndarray) -> list[Any]:
-    """Plain values, of which `csv` writes as many digits as tell them apart; empty for NaN."""
+    """Python's own values, which `csv` writes with as many digits as are needed; empty for NaN."""
     return ["" if value != value else value for value in values.tolist()]
 
 
@@ -141,8 +144,8 @@ def _csv_file(file: io.BufferedWriter, columns: list[str]) -> Generator[_Write]:
 
 
 def _parquet_file(form: Format) -> Any:
-    parquet = needs("pyarrow.parquet", extra="tables", to=f"--export {form}", instead="take csv")
-    arrow = needs("pyarrow", extra="tables", to=f"--export {form}", instead="take csv")
+    parquet = needs("pyarrow.parquet", extra="tables", to=f"--export {form}", instead="use csv")
+    arrow = needs("pyarrow", extra="tables", to=f"--export {form}", instead="use csv")
 
     @contextmanager
     def opened(file: io.BufferedWriter, columns: list[str]) -> Generator[_Write]:

@@ -1,9 +1,9 @@
-"""The language of reports: texts are English where they stand in the code, and `zh.toml` has the Chinese of each.
+"""The language of reports: texts are English in the code, and `zh.toml` has the Chinese of each.
 
-Code marks what a reader sees: `tr("{n:,} epochs", n=3)` is the text in the language of the report that is made, and
-`msg("loss")` leaves a constant as it is, for `tr(name)` later. Scripts have `t("...")`, the page's template has
-`tr("...")`. Names of metrics, types, options and files stay as they are. So do the texts inside PNG files, whose fonts
-may lack Chinese.
+The code marks what a reader sees: `tr("{n:,} epochs", n=3)` is the text in the report's language, and `msg("loss")`
+marks a constant for a later `tr(name)`. Scripts have `t("...")`, the page's template has `tr("...")`. Names of metrics,
+types, options and files stay as they are. The texts inside PNG files stay English: matplotlib's own font has no Chinese
+glyphs, and with the fonts that a machine happens to have, equal data would not give equal files.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, Literal
 
 Language = Literal["en", "zh"]
 _SPACED = re.compile(r"(?<=\S) *([，。：；（）]) *(?=\S)")
-"""Full-width punctuation has its space in itself; a value that is put in beside it may leave another one."""
+"""Full-width punctuation includes its space; a value filled in beside it may leave another space."""
 _LANGUAGE: ContextVar[Language] = ContextVar("language", default="en")
 
 
 @contextmanager
 def in_language(language: Language) -> Generator[None]:
-    """Inside it, and in this thread alone, `tr` speaks this language."""
+    """Within it, and only in this thread, `tr` gives texts of this language."""
     token = _LANGUAGE.set(language)
     try:
         yield
@@ -34,19 +34,19 @@ def in_language(language: Language) -> Generator[None]:
 
 
 def language() -> Language:
-    """The language of the report that is being made."""
+    """The current language."""
     return _LANGUAGE.get()
 
 
 def msg(text: str) -> str:
-    """`text` itself, marked as one that `tr` gets later."""
+    """`text` itself, marked as one to be given to `tr` later."""
     return text
 
 
 def tr(text: str, /, **values: Any) -> str:
-    """A text in the language of the report, with values put into its fields as `str.format` does it.
+    """A text in the language of the report, with `values` filled into its fields as in `str.format`.
 
-    A text that the language's table lacks stays English.
+    A text that is missing in the language's table stays English.
     """
     found = texts().get(text, text)
     found = found.format(**values) if values else found
@@ -54,7 +54,7 @@ def tr(text: str, /, **values: Any) -> str:
 
 
 def texts() -> dict[str, str]:
-    """The table of the report's language, English text to its own; empty for English."""
+    """The table of the report's language, from English to translated text; empty for English."""
     return {} if language() == "en" else _table(language())
 
 

@@ -1,4 +1,4 @@
-"""The report: one HTML file, which `page.html` lays out, its tables, and its pictures beside it."""
+"""The report: one HTML file with the layout of `page.html`, its tables, and its pictures in files beside it."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ T = TypeVar("T")
 _OF_A_RUN = ("args.yaml", "metrics.jsonl", "summary.csv", "last.pth.tar", "spectra", "compression.json")
 _PICTURES = (
     ("training.png", msg("Loss, accuracy, learning rate and throughput over the updates"), training_plot),
-    ("lowrank.png", msg("Rank of every layer over the updates, and what refreshes said of them"), switching_plot),
+    ("lowrank.png", msg("Rank of every layer over the updates, and the evidence of the refreshes"), switching_plot),
     ("spectra.png", msg("Singular values of the weights over the updates"), spectra_plot),
     ("bulk.png", msg("Newest spectra as histograms with the Marchenko-Pastur law and its edge"), bulk_plot),
     ("stable_rank.png", msg("Stable and effective rank of every block over the updates"), stable_rank_plot),
     (
         "cosines.png",
-        msg("How the top subspaces turn: since the refresh before, what bounds it, and since the start"),
+        msg("How the top subspaces turn: since the refresh before, with a bound, and since the start"),
         cosine_plot,
     ),
     ("vectors.png", msg("Cosines between the recorded singular vectors then and now"), vectors_plot),
@@ -61,7 +61,7 @@ _PICTURES = (
     ),
     (
         "flows.png",
-        msg("How tokens are spread and what attention looks at, over the validations and by depth"),
+        msg("How tokens are spread and how attention is, over the validations and by depth"),
         flows_plot,
     ),
     ("circuits.png", msg("Ranks of each head's circuits by depth, and how heads read the block before"), circuits_plot),
@@ -84,17 +84,17 @@ _OF_COMPRESSION = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """A report that is nowhere written yet."""
+    """A report that is not written yet."""
 
     folder: Path
-    """Where it belongs."""
+    """Where it will be written."""
     html: str
     pictures: dict[str, bytes | None]
-    """File name to PNG; None: not to be drawn of what there is."""
+    """File name to PNG bytes; None if the data for it are missing."""
     notes: list[str]
-    """On what was missing."""
+    """Notes on what was missing."""
     name: str = "report"
-    """Of the page and of the folder of its pictures."""
+    """The name of the page and of the folder of its pictures."""
 
     @property
     def page(self) -> Path:
@@ -118,11 +118,11 @@ def write_report(path: Path, png: bool = True) -> tuple[Path, list[str]]:
 
 
 def draw_report(path: Path, png: bool = True) -> Drawn:
-    """The report as `write_report` writes it. Raises `UserError` where `path` is of no run, analysis or compression."""
+    """The report as `write_report` writes it. Raises `UserError` if `path` is no run, analysis or compression."""
     compression = find_compression(path)
     found = read_compression(compression) if compression else None
     of_it = {name: (caption, _drawn(draw, found if png else None)) for name, caption, draw in _OF_COMPRESSION}
-    if found and not (found.path.parent / "args.yaml").exists():  # of a run it is a part
+    if found and not (found.path.parent / "args.yaml").exists():  # else it is a part of the run's report
         html = compression_html(found, _there(of_it))
         return Drawn(found.path.parent, html, {name: png for name, (_, png) in of_it.items()}, [])
     if not found and (drift := find_drift(path)):
@@ -132,13 +132,13 @@ def draw_report(path: Path, png: bool = True) -> Drawn:
     run = read_analysis(analysis) if analysis else read_run(found.path.parent if found else path)
     drawn = {name: (caption, _drawn(draw, run if png else None)) for name, caption, draw in _PICTURES} | of_it
     html = report_html(run, _there(drawn), found)
-    # In a run's own folder the report is the run's.
+    # In a run's own folder the name "report" belongs to the run.
     name = analysis.stem if analysis and (run.path / "args.yaml").exists() else "report"
     return Drawn(run.path, html, {name: png for name, (_, png) in drawn.items()}, run.notes, name)
 
 
 def _drawn(draw: Callable[[T], bytes | None], of: T | None) -> bytes | None:
-    """A picture, whose fonts may lack Chinese; None of nothing."""
+    """A picture, in English (see `language`); None without data."""
     with in_language("en"):
         return None if of is None else draw(of)
 
@@ -149,7 +149,7 @@ def _there(drawn: Mapping[str, tuple[str, bytes | None]]) -> dict[str, bytes]:
 
 
 def with_dark_twins(drawn: Drawn, draw: Callable[[], Drawn]) -> Drawn:
-    """With each picture once more, on a dark ground, as `<name>_dark.png`; `draw` draws all anew."""
+    """The report with each picture also on a dark background, as `<name>_dark.png`; `draw` draws everything again."""
     with dark_pictures():
         twins = draw().pictures
     return replace(drawn, pictures=drawn.pictures | {_dark_name(file): png for file, png in twins.items()})
@@ -160,11 +160,11 @@ def _dark_name(file: str) -> str:
 
 
 def in_folder(drawn: Drawn, run: Path, out: Path) -> Drawn:
-    """The report of `run` for another folder. Raises `UserError` where that is another run's."""
+    """The report of `run` for another folder. Raises `UserError` if that holds another run."""
     folder = run if run.is_dir() else run.parent
     held = next((name for name in _OF_A_RUN if (out / name).exists()), "")
     if held and out.resolve() != folder.resolve():
-        raise UserError(f"{out} holds another run ({held}), whose report it would replace. Give --out a new folder.")
+        raise UserError(f"{out} holds another run ({held}), whose report would be replaced. Give --out a new folder.")
     return replace(drawn, folder=out)
 
 
@@ -178,8 +178,8 @@ def write_drawn(drawn: Drawn) -> None:
             if png is not None:
                 write_whole(folder / file, png)
             else:
-                (folder / file).unlink(missing_ok=True)  # an earlier report's must not pass for this one's
-        page = drawn.html.encode("utf-8", "backslashreplace")  # a page has no other bytes
+                (folder / file).unlink(missing_ok=True)  # an earlier report's picture must not seem to be this one's
+        page = drawn.html.encode("utf-8", "backslashreplace")
         write_whole(drawn.page, page)
     except OSError as error:
         raise UserError(
@@ -191,9 +191,9 @@ def report_html(run: Run, pictures: Mapping[str, bytes], compression: Compressio
     """The whole page.
 
     Args:
-        run: what `read_run` found; its notes are shown.
-        pictures: what a picture shows (its alternative text) to its PNG bytes, in the order they are shown.
-        compression: of the run's model, where one lies beside it.
+        run: the result of `read_run`; its notes are shown.
+        pictures: from a picture's caption (its alternative text) to its PNG bytes, in the order of the page.
+        compression: that of the run's model, if the run's folder holds one.
     """
     of_it = tables(compression) if compression else []
     switching = switching_read.read_switching(run.path)
@@ -203,7 +203,7 @@ def report_html(run: Run, pictures: Mapping[str, bytes], compression: Compressio
     of_it = [*switching_read.beside_the_loss(run.args, run.train), *of_it]
     standing = run.status.in_words if run.status else ""
     data, thinned = embedded(run, switching, compression)
-    args = {name: value for name, value in run.args.items() if name != meaning.KEY}  # no option of a reader's
+    args = {name: value for name, value in run.args.items() if name != meaning.KEY}  # it is no option
     return render_page(
         title=run.path.resolve().name,
         model=str(run.args.get("model") or ""),
@@ -257,13 +257,13 @@ def render_page(*, pictures: Mapping[str, bytes], **parts: Any) -> str:
 
 
 def _not_default(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a run that are not what `train` has without any flag; those it does not know are among them."""
+    """The arguments of a run that differ from the defaults of `train`; unknown ones are among them."""
     defaults = {name: typed(value) for name, _, value in leaves(Config())}
     return {name: value for name, value in args.items() if typed(value) != defaults.get(name)}
 
 
 def _what_next(run: Run) -> list[Step] | None:
-    """Commands with this run's paths, as they are typed where the report was made; None where too little is known."""
+    """Commands with this run's paths, to be typed in the current directory; None where too little is known."""
     if run.status is None:
         return None
     goes_on, is_over = run.status.is_running, run.status.is_finished
@@ -271,7 +271,7 @@ def _what_next(run: Run) -> list[Step] | None:
 
 
 def headline(run: Run) -> list[tuple[str, str]]:
-    """The few figures a reader looks for first, as (label, value)."""
+    """The few numbers that a reader looks for first, as (label, value)."""
     figures: list[tuple[str, str]] = []
     for name, label in (("eval_top1", tr("best top-1")), ("eval_ema_top1", tr("best top-1, EMA"))):
         values = _finite(run.epochs.get(name))
@@ -294,7 +294,7 @@ def headline(run: Run) -> list[tuple[str, str]]:
 
 
 def final_numbers(run: Run) -> Table:
-    """Last and best value of every measured quantity; empty while no epoch is finished."""
+    """Last and best value of every measured quantity; no rows while no epoch is finished."""
     rows: list[list[str]] = []
     for name, label, better in MEASURES:
         values = run.epochs.get(name)
@@ -316,7 +316,7 @@ def final_numbers(run: Run) -> Table:
 
 
 def spectral_numbers(run: Run) -> Table:
-    """Means by type of matrix at the first and the last refresh, of the model and of its EMA; empty without spectra."""
+    """Means by type at the first and the last refresh, of the model and of its EMA; no rows without spectra."""
     rows: list[list[str]] = []
     for kind, suffix in (("spec", ""), ("spec_ema", ", EMA")):
         _, modules = series(run, kind)

@@ -1,6 +1,6 @@
-"""Reads what there is to report: a run directory, finished or not, or an analysis.
+"""Reads the data of a report: a run directory, finished or not, or an analysis.
 
-What is missing or damaged is left out with a note.
+Missing or damaged parts are left out with a note.
 """
 
 from __future__ import annotations
@@ -47,52 +47,50 @@ from lowrank_vit.spectral.watching.stored import Spectra, store_dir_of
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory's contents. Any part may be empty; `notes` then says so in words for the reader."""
+    """The contents of a run directory. Any part may be empty; `notes` then tells the reader."""
 
     path: Path
     epochs: Columns
-    """`summary.csv`, a row an epoch, by update."""
+    """`summary.csv`, a row per epoch, by update."""
     train: Columns
     """The "train" events of `metrics.jsonl`, by update."""
     args: dict[str, Any]
     environment: dict[str, Any]
     """`environment.json` with nested names joined by dots."""
     spectra: list[StoredSpectra]
-    """By update; each "spec/<module>" or "spec_ema/<module>" to its singular values, in some the first alone."""
+    """By update; each maps "spec/<module>" or "spec_ema/<module>" to singular values, in some only the first ones."""
     scalars: Columns = field(default_factory=dict)
-    """`SCALARS` of each refresh, by update; each "spec/<name>/<metric>" or "spec_ema/...", means among them."""
+    """`SCALARS` of each refresh, by update, as "spec/<name>/<metric>" or "spec_ema/...", including means."""
     flows: Columns = field(default_factory=dict)
     """The "flow" events of `metrics.jsonl`, by update."""
     vectors: list[StoredVectors] = field(default_factory=list)
-    """The first, the last but one and the newest that are stored, or fewer."""
+    """The first, the last but one and the newest stored ones, or fewer."""
     scaled: dict[str, np.ndarray] = field(default_factory=dict)
-    """Of the newest spectra, fused qkv matrix to the one to compare with noise (`extremes.Thirds`)."""
+    """Fused qkv matrix to its newest spectrum to compare with noise (`extremes.Thirds`)."""
     circuits: StoredCircuits = NO_CIRCUITS
     """The newest circuits of heads."""
-    """Of those."""
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Matrix to (rows, columns)."""
     moment: Callable[[], str] | None = None
-    """When an analysis was made of, in words of `tr`'s language; None for a run, which has updates."""
+    """The moment that an analysis is of, in words of `tr`'s language; None for a run, which has updates."""
     status: RunStatus | None = None
-    """Of a run; None for an analysis."""
+    """The progress of a run; None for an analysis."""
     notes: list[str] = field(default_factory=list)
 
 
 def read_run(path: Path, *, spectra: bool = True) -> Run:
-    """Read what `lowrank_vit.train` has written to `path` so far, or a monitor alone (its `store_dir`).
+    """Read what `lowrank_vit.train` has written to `path` so far, or the `store_dir` of a monitor.
 
-    Without `spectra` nothing of the store.
-
-    A half-written last line, a damaged file or a missing one is left out with a note, never an error.
+    With `spectra` False the store of the spectra is not read. A half-written last line, and damaged or missing files,
+    are left out with a note and are no error.
 
     Raises:
         UserError: there is no such directory, or nothing of a run in it.
     """
     if path.is_file():
         raise UserError(
-            f"{path} is a file of no run. Give the directory that `python -m lowrank_vit.train` wrote, usually "
-            f"output/<experiment>, or a file that analyze_spectrum wrote: *{ENDING}, *_drift.json."
+            f"{path} is a file, but not one of a run. Give the directory that `python -m lowrank_vit.train` wrote, "
+            f"usually output/<experiment>, or a file that analyze_spectrum wrote: *{ENDING}, *_drift.json."
         )
     if not path.is_dir():
         raise UserError(
@@ -101,9 +99,9 @@ def read_run(path: Path, *, spectra: bool = True) -> Run:
         )
     notes: list[str] = []
     stored = Spectra(store_dir_of(path))
-    of_files = [] if stored.path == path else notes  # beside a monitor's directory alone there are none
+    of_files = [] if stored.path == path else notes  # a monitor's own directory has none of these files
     args = read_args(path / "args.yaml", of_files)
-    epochs = read_summary(path / "summary.csv", [] if args.get("synthetic") else of_files)  # nothing to validate on
+    epochs = read_summary(path / "summary.csv", [] if args.get("synthetic") else of_files)  # synthetic: no validation
     train = read_train(path / "metrics.jsonl", of_files)
     environment = _read_environment(path / "environment.json", of_files)
     run = Run(
@@ -132,8 +130,8 @@ def _with_spectra(run: Run, stored: Spectra) -> Run:
     spectra, log = _read_all_spectra(stored, run.notes), run.path / "metrics.jsonl"
     if stored.far_entries:
         text = msg(
-            "At the start single entries stand far out: {entries}. sigma_max, stable rank and cosines there may be "
-            "theirs alone."
+            "At the start single entries stand far out: {entries}. They alone may decide sigma_max, stable rank and "
+            "cosines of these matrices."
         )
         run.notes.append(tr(text, entries=_entries(stored.far_entries)))
     return dataclasses.replace(
@@ -150,11 +148,11 @@ def _with_spectra(run: Run, stored: Spectra) -> Run:
 def series(run: Run, kind: str, *, whole: bool = True) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The spectra of one kind ("spec" or "spec_ema") over time.
 
-    `whole`: only refreshes of whole spectra; else there is NaN for what is not known of others.
+    `whole`: only refreshes of whole spectra; otherwise unknown values of the others are NaN.
 
     Returns:
         updates (T,) int64, and module to (T, K) float64, descending along K, in model order. Refreshes that lack a
-        module or hold another size of it (another run's leftovers) are left out of both.
+        module or hold it in another size (another run's leftovers) are left out of both.
     """
     prefix = kind + "/"
     refreshes = [
@@ -171,7 +169,7 @@ def series(run: Run, kind: str, *, whole: bool = True) -> tuple[np.ndarray, dict
 
 
 def read_summary(path: Path, notes: list[str]) -> Columns:
-    """The rows of a `summary.csv`; what is wrong with it goes to `notes`."""
+    """The rows of a `summary.csv`; problems are added to `notes`."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [{key: as_float(cell) for key, cell in row.items() if key} for row in csv.DictReader(file)]
@@ -197,7 +195,7 @@ def _read_some_vectors(stored: Spectra) -> list[StoredVectors]:
 
 
 def read_args(path: Path, notes: list[str]) -> dict[str, Any]:
-    """The options of an `args.yaml`; what is wrong with it goes to `notes`."""
+    """The options of an `args.yaml`; problems are added to `notes`."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -231,7 +229,7 @@ def _read_all_spectra(stored: Spectra, notes: list[str]) -> list[StoredSpectra]:
         try:
             spectra.append(stored.refresh(update))
         except UserError:
-            if stored.file(update).exists():  # a run that goes on may have thinned it out meanwhile
+            if stored.file(update).exists():  # else a running training has thinned it out in the meantime
                 notes.append(tr("{file} is damaged, left out.", file=stored.file(update).name))
     return spectra
 
@@ -257,10 +255,10 @@ ENDING = "_spectral.json"
 
 
 def find_analysis(path: Path) -> Path | None:
-    """The `*_spectral.json` that `path` is, or that a folder holds which is no run's; else None.
+    """`path` if it is a `*_spectral.json`, or the one in a folder that is not a run's; else None.
 
     Raises:
-        UserError: a folder holds several.
+        UserError: the folder holds several.
     """
     if path.is_file():
         return path if path.name.endswith(ENDING) else None
@@ -272,10 +270,10 @@ def find_analysis(path: Path) -> Path | None:
 
 
 def read_analysis(path: Path) -> Run:
-    """The analysis, and its full spectra where `--full` or `--save-vectors` left them beside it as .npz.
+    """The analysis, and its full spectra if `--full` or `--save-vectors` wrote them beside it as .npz.
 
     Raises:
-        UserError: the file cannot be read or is of something else.
+        UserError: the file cannot be read, or is not an analysis.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -299,8 +297,8 @@ def read_analysis(path: Path) -> Run:
         far = {name: of for name, one in layers.items() if (of := [FarEntry.of(e) for e in one.get("far_entries", ())])}
     if far:
         text = msg(
-            "Here single entries stand far out: {entries}. sigma_max, stable rank and cosines there may be "
-            "theirs alone."
+            "Here single entries stand far out: {entries}. They alone may decide sigma_max, stable rank and "
+            "cosines of these matrices."
         )
         notes.append(tr(text, entries=_entries(far)))
     spectra, scaled = _read_full(path.with_name(path.name.removesuffix(ENDING) + "_vectors.npz"), list(layers))
@@ -333,7 +331,7 @@ def _entries(found: Mapping[str, Sequence[FarEntry]]) -> str:
 
 
 def _read_full(path: Path, names: list[str]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Spectra by "spec/<name>", and those to compare with noise of fused qkv matrices by name; empty without."""
+    """Spectra by "spec/<name>", and by name the spectra of fused qkv matrices to compare with noise; or empty."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             scaled = {name: stored[key] for name in names if (key := f"{name}:scaled") in stored}

@@ -1,4 +1,4 @@
-"""Where a run stands, by its newest checkpoint and its logs, and what to do with it next, as commands to paste."""
+"""The progress of a run, from its newest checkpoint and its logs, and what to do next, as commands to paste."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lowrank_vit.report.language import tr
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run stands."""
+    """The progress of a run."""
 
     epochs: int
-    """Finished ones."""
+    """Finished epochs."""
     planned: int | None
-    """Epochs that it was told to train; None where its arguments are missing."""
+    """Epochs to train in all; None where the run's arguments are missing."""
     updates: int
     is_running: bool
     """Whether a process owns the directory now."""
@@ -49,7 +49,7 @@ class RunStatus:
 def run_status(
     path: Path, args: Mapping[str, Any], epochs: Mapping[str, np.ndarray], train: Mapping[str, np.ndarray]
 ) -> RunStatus:
-    """Where the run in `path` stands; `epochs` and `train` are the rows of its summary and of its log."""
+    """The progress of the run in `path`; `epochs` and `train` are the rows of its summary and of its log."""
     saved_epochs, saved_updates = _saved(path / "last.pth.tar")
     done = [saved_epochs] + [
         int(np.nanmax(table["epoch"])) + more for table, more in ((epochs, 1), (train, 0)) if _has(table)
@@ -75,7 +75,7 @@ def _saved(path: Path) -> tuple[int, int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, of which weights are read when they are looked at, where the file system can do that."""
+    """A checkpoint's content; its weights are memory-mapped where the file system supports that."""
     import torch
 
     try:
@@ -85,7 +85,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def better_weights(path: Path) -> str:
-    """Of a checkpoint: "model" or "ema", whichever scored higher in its epoch; empty where it does not tell."""
+    """The weights of a checkpoint that scored higher in its epoch, "model" or "ema"; empty if unknown."""
     with contextlib.suppress(Exception):
         content = _read(path)
         return str(content.get("better") or ("ema" if content.get("state_dict_ema") else "model"))
@@ -93,7 +93,7 @@ def better_weights(path: Path) -> str:
 
 
 WIDTH = 76
-"""Columns of a command; beyond them it goes on in the next line."""
+"""Columns of a command; a longer one goes on in the next line."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ class Step:
     """One thing to do."""
 
     what: str
-    """In a few words."""
+    """A few words."""
     words: tuple[str, ...]
-    """The command's words as they are typed; those that belong together are one."""
+    """The command's words as they are typed; words that belong together are one."""
 
     def command(self, indent: str = "") -> str:
         """The command, on several lines where it is long."""
@@ -117,7 +117,7 @@ class Step:
 
 
 def shown(path: Path) -> str:
-    """A path as it can be typed here: without links like output/latest, which may point elsewhere tomorrow."""
+    """A path to type in the current directory, without links like output/latest, which may point elsewhere later."""
     absolute = path.resolve()
     below = absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute
     return shlex.quote(str(below))
@@ -126,10 +126,14 @@ def shown(path: Path) -> str:
 def next_steps(
     run_dir: Path, args: Mapping[str, Any], *, is_finished: bool, is_drawn: bool = False, launcher: str = ""
 ) -> list[Step]:
-    """What makes sense with what the directory holds; `args` are the run's flags.
+    """Commands that make sense for the contents of a run directory.
 
-    `is_drawn`: there is a report, and no newer numbers. `launcher` stands before `-m lowrank_vit.train` where it is not
-    one process, such as "torchrun ...".
+    Args:
+        run_dir: the run.
+        args: its flags.
+        is_finished: whether all epochs are done.
+        is_drawn: whether there is a report without newer numbers.
+        launcher: what stands before `-m lowrank_vit.train` if the run has several processes, such as "torchrun ...".
     """
     run, steps = shown(run_dir), list[Step]()
     train = f"{launcher} -m lowrank_vit.train" if launcher else pasteable_command("lowrank_vit.train")

@@ -1,4 +1,4 @@
-"""The look and the layout that pictures share. Matplotlib by its object interface: no global state, no display."""
+"""Look and layout of all pictures. Matplotlib is used by its object interface: no global state, no display."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LOOKS = {
     "mlp.fc1": ("#56b4e9", "^"),
     "mlp.fc2": ("#cc79a7", "X"),
 }
-"""Colours that are told apart under deuteranopia and seen on both backgrounds (Okabe & Ito, but for one), and marks."""
+"""Colours that differ under deuteranopia and show on both backgrounds (Okabe & Ito, but for one), and marks."""
 _OTHERS = (("#999933", "P"), ("#7a8793", "*"), ("#b0487c", "d"), ("#44aa99", "h"), ("#aa4499", "<"))
 _SYMBOLS = {
     "o": "circle",
@@ -63,13 +63,13 @@ def type_look(kind: str) -> tuple[str, str]:
 
 
 def browser_look(kind: str) -> dict[str, str]:
-    """`type_look` as the page's charts take it."""
+    """`type_look` in the form that the page's charts need."""
     color, marker = type_look(kind)
     return {"color": color, "symbol": _SYMBOLS[marker]}
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:
-    """An empty white figure, rendered by Agg, that makes room for its labels itself."""
+    """An empty white figure, rendered by Agg, whose layout makes room for labels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -86,7 +86,7 @@ def heading(figure: Figure, title: str, subtitle: str) -> None:
     # Placed by hand under the title: the constrained layout has reserved the empty second line for it.
     height = figure.get_size_inches()[1]
     look: dict[str, Any] = {"ha": "left", "va": "top", "fontsize": 10, "color": MUTED}
-    figure.text(0.012, 1 - 0.36 / height, printable(subtitle), **look, parse_math=False)  # it may hold users' names
+    figure.text(0.012, 1 - 0.36 / height, printable(subtitle), **look, parse_math=False)  # it may hold users' texts
 
 
 def tidy(axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
@@ -113,7 +113,7 @@ def log_ticks(axis: Axis) -> None:
 
 
 def index_ticks(count: int) -> list[int]:
-    """Indices to write at an axis of so many, from 1 on: 1, 5, 10 and so on, about six of them."""
+    """Indices to write at an axis of `count` values, from 1 on: 1, 5, 10 and so on, about six of them."""
     step = next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if count <= 6 * step), 1000)
     return sorted({1, *range(step, count + 1, step)})
 
@@ -127,13 +127,13 @@ def update_ticks(axis: Axis) -> None:
 
 
 _DARK = {"#ffffff": "#1b242c", "#000000": "#e4eaef", INK: "#e4eaef", MUTED: "#9fb0bd", GRID: "#31404c"}
-"""In dark pictures, what stands for the colours of paper, ink and lines. Those of the data stay."""
+"""The colours of paper, ink and lines in dark pictures. Colours of data stay."""
 _IS_DARK: ContextVar[bool] = ContextVar("is_dark", default=False)
 
 
 @contextmanager
 def dark_pictures() -> Generator[None]:
-    """Inside it `png` gives dark pictures."""
+    """Within it `png` gives dark pictures."""
     token = _IS_DARK.set(True)
     try:
         yield
@@ -142,11 +142,11 @@ def dark_pictures() -> Generator[None]:
 
 
 def _darken(figure: Figure) -> None:
-    """Replace `_DARK` colours in all that a figure is made of."""
+    """Replace `_DARK` colours in all parts of a figure."""
     from matplotlib.colors import to_hex, to_rgba
 
     def dark(color: Any) -> Any:
-        if getattr(color, "ndim", 1) == 2:  # of a collection, one each
+        if getattr(color, "ndim", 1) == 2:  # a collection has one for each member
             return np.array([dark(one) for one in color]).reshape(-1, 4)
         rgba: Any = to_rgba(color)
         found: Any = _DARK.get(str(to_hex(rgba)), rgba)
@@ -161,7 +161,7 @@ def _darken(figure: Figure) -> None:
 
 
 def png(figure: Figure, dpi: int = 130) -> bytes:
-    """The figure as the bytes of a PNG, without a date or version inside, so that equal data give equal files."""
+    """The figure as PNG bytes, without a date or version inside, so that equal data give equal files."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     layout = figure.get_layout_engine()
@@ -172,32 +172,32 @@ def png(figure: Figure, dpi: int = 130) -> bytes:
     if _IS_DARK.get():
         _darken(figure)
     buffer = BytesIO()
-    # `savefig` would go through all that is drawn once more before, with nothing to show for it: a third of the time.
+    # `savefig` would first go through everything once more for nothing, which takes a third of the time.
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
 MAX_TYPES = 6
-"""Q, K, V apart and the three other types of a ViT."""
+"""Q, K and V separately, and the three other types of a ViT."""
 
 
 def by_type(modules: Iterable[str]) -> dict[str, list[str]]:
-    """Module names by type, in model order; of more than MAX_TYPES types those with the most modules."""
+    """Module names by type, in model order; with more than MAX_TYPES types, those with the most modules."""
     types: dict[str, list[str]] = {}
     for name in modules:
         types.setdefault(module_type(name), []).append(name)
-    # A picture with more columns could not be read; the report's table has every type.
+    # A picture with more columns would be unreadable; the report's table has every type.
     most = sorted(types, key=lambda kind: -len(types[kind]))[:MAX_TYPES]
     return {kind: names for kind, names in types.items() if kind in most}
 
 
 def first_middle_last(names: list[str]) -> list[str]:
-    """Three of them, or fewer where there are fewer."""
+    """The first, the middle and the last name, or fewer if there are fewer."""
     return [names[i] for i in dict.fromkeys((0, len(names) // 2, len(names) - 1))]
 
 
 def middle(names: list[str]) -> str:
-    """The one half-way down."""
+    """The middle name."""
     return names[len(names) // 2]
 
 
@@ -209,12 +209,12 @@ def style_bar(bar: Colorbar, label: str) -> None:
 
 
 def moment(run: Run, update: int) -> str:
-    """When something was measured: the update, or what the analysis was made of."""
+    """When something was measured: the update, or the moment of the analysis."""
     return run.moment() if run.moment else tr("at update {n:,}", n=update)
 
 
 def subtitle(run: Run, updates_T: np.ndarray, of_what: str = "refreshes") -> str:
-    """The model and how many of what were made when."""
+    """The model, and number and time of the refreshes (or what `of_what` names)."""
     model = f"{run.args['model']}  ·  " if run.args.get("model") else ""
     if len(updates_T) == 1:
         return model + moment(run, updates_T[0])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def training_plot(run: Run) -> bytes | None:
-    """The picture as PNG bytes, with a panel for each quantity that the run has; None when it has none."""
+    """The picture as PNG bytes, with a panel for each quantity that the run has; None if it has none."""
     panels: list[Callable[[Axes, Run], None]] = []
     if _has(run.train, "loss") or _has(run.epochs, "train_loss") or _has(run.epochs, "eval_loss"):
         panels.append(_loss)
@@ -93,7 +93,7 @@ def _throughput(axes: Axes, run: Run) -> None:
     shown = columns | {"data_wait": 100 * columns["data_wait"]}
     _line(waiting, shown, "data_wait", "waiting for data", EMA, linewidth=1.2)
     waiting.set_ylim(0, 100)
-    for side, color in ((axes, MODEL), (waiting, EMA)):  # the colours say which scale is whose; no legend to collide
+    for side, color in ((axes, MODEL), (waiting, EMA)):  # colours show which scale belongs to which line
         side.yaxis.label.set_color(color)
         side.tick_params(axis="y", colors=color)
 
@@ -103,7 +103,7 @@ def _has(columns: Columns, name: str) -> bool:
 
 
 def is_covered(train: Columns, epochs: Columns) -> bool:
-    """Whether every report stands at the end of an epoch, where the epoch's mean is the same number."""
+    """Whether every line of the log is at the end of an epoch, where it equals the epoch's mean."""
     return "train_loss" in epochs and set(train.get("update", ())) <= set(epochs["update"])
 
 

@@ -1,13 +1,13 @@
-"""`report --watch RUN`: the page of a run on 127.0.0.1, made anew while the run goes on; nothing is written.
+"""`report --watch RUN`: serves the page of a run on 127.0.0.1 and rebuilds it while the run goes on; writes nothing.
 
-A page is drawn in a process aside, only while somebody looks at it, only where the run's files have changed, and with
-pauses that leave the cores to the training. The pages that browsers show ask for the number of the newest one, and load
-themselves anew when there is another. A page of another site that has its name resolve to this machine (DNS rebinding)
-asks under that name, and gets nothing.
+A page is drawn in another process, only while somebody looks at it, only if the run's files have changed, and with
+pauses that leave the cores to the training. Pages in browsers ask for the newest version's number, and reload when it
+changes. A site whose name resolves to this machine (DNS rebinding) asks under that name and is refused.
 """
 
 from __future__ import annotations
 
+import contextvars
 import html
 import math
 import os
@@ -27,22 +27,22 @@ from lowrank_vit.common.aside import Aside
 from lowrank_vit.common.errors import UserError, did_you_mean
 from lowrank_vit.common.locks import is_locked
 from lowrank_vit.common.terminal import printable, say
-from lowrank_vit.report.language import Language, in_language, language
+from lowrank_vit.report.language import Language, in_language, language, msg, tr
 
 HOST, USUAL_PORT = "127.0.0.1", 8642
 _NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE)
-"""What a browser here calls this server; of a forwarded port (ssh -L) the number is another."""
+"""This server's names in a local browser; with a forwarded port (ssh -L) the number is another."""
 _OWN_POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
-"""Of a page that may fetch nothing; the one of `_HEADERS` lets it ask for the newest one's number alone."""
+"""The page's own policy forbids all requests; that of `_HEADERS` allows those for the newest version's number."""
 _LOOKED_AT_S = 20.0
-"""After so long without a question nobody looks any more."""
+"""After so long without a request nobody looks any more."""
 _PAUSE_S, _PAUSES = 10.0, 4.0
-"""Between two drawings: at least this, and so many times as long as the one before has taken."""
+"""The pause between two drawings: at least the first, and so many times the duration of the drawing before."""
 _SETTLED_S = 0.5
 _OF_NO_PAGE = {"report", "comparison", "wandb", "tensorboard", "mlflow"}
 """Folders of a run that its page does not show."""
 _FILES = ("_spectral.json", "_drift.json", "compression.json")
-"""How names of files end that have a page."""
+"""Endings of the names of files that have a page."""
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
@@ -65,7 +65,7 @@ background:#7a2e12;color:#fff;font:14px system-ui,sans-serif;z-index:9">%s</p>
 }, 3000)</script>
 <noscript><meta http-equiv="refresh" content="60"></noscript>
 """
-_LOST = "report --watch has ended: this page stands still."
+_LOST = msg("report --watch has ended: this page is no longer updated.")
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Page:
     """One page as it is sent."""
 
     version: str
-    """Another one for each page, also of a server that is started again."""
+    """Different for each page, also after a restart of the server."""
     content: bytes
 
 
 class Watched:
-    """The newest page of a run, which a thread of its own keeps so while it is asked for; see the module's head."""
+    """The newest page of a run, kept up to date by a thread while it is asked for; see the module's docstring."""
 
     def __init__(self, path: Path, draw: Callable[[Path], str]) -> None:
         """`draw` makes the page's HTML of the run in `path`."""
@@ -86,25 +86,26 @@ class Watched:
         self._begun, self._number = secrets.token_hex(4), 0
         self._page = self._waiting()
         self._known: object = None
-        """What the run's files were like when the page was drawn."""
+        """The state of the run's files when the page was drawn, see `state_of`."""
         self._html = ""
         """The last page that was drawn of a run."""
         self._asked_at, self._is_over = -math.inf, False
         self._change = threading.Condition()
-        self._thread = threading.Thread(target=self._keep, name="report --watch", daemon=True)
+        keep = contextvars.copy_context().run  # the thread's notices are in the language of this one
+        self._thread = threading.Thread(target=keep, args=(self._keep,), name="report --watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to keep the page."""
+        """Begin to keep the page up to date."""
         self._thread.start()
 
     def close(self) -> None:
-        """Draw no more; one page may still be on its way."""
+        """Draw no more; one drawing may still be running."""
         with self._change:
             self._is_over = True
             self._change.notify_all()
 
     def newest(self) -> Page:
-        """The newest page, at once; whoever asks is taken to look at it."""
+        """The newest page, at once; a request counts as somebody looking at it."""
         with self._change:
             self._asked_at = time.monotonic()
             self._change.notify_all()
@@ -124,7 +125,7 @@ class Watched:
                 self._sleep(max(_PAUSE_S, _PAUSES * (time.monotonic() - began)))
 
     def _is_wanted(self) -> bool:
-        """Wait until somebody looks; whether anybody ever will."""
+        """Wait until somebody looks; False once `close` was called."""
         with self._change:
             self._change.wait_for(lambda: self._is_over or time.monotonic() - self._asked_at < _LOOKED_AT_S)
             return not self._is_over
@@ -134,44 +135,47 @@ class Watched:
             self._change.wait_for(lambda: self._is_over, seconds)
 
     def _drawn(self) -> str:
-        """The page now: of the run, or why there is none, above the last one that there was."""
+        """The current page: of the run, or the reason why there is none, above the last page if there was one."""
         at = time.strftime("%H:%M")
         if not self._path.exists():
-            gone = f"{self._path} is not there any more, seen at {at}: this is its last page."
-            return _with_notice(self._html, gone if self._html else f"There is no {self._path} yet; it is waited for.")
+            gone = msg("{path} no longer exists (as of {at}): this is its last page.")
+            text = gone if self._html else msg("{path} does not exist yet: this page waits for it.")
+            return _with_notice(self._html, tr(text, path=self._path, at=at))
         try:
             self._html = self._draw(self._path)
-        except Exception as error:  # also of the process aside; what is wrong with a run's files may be mended
+        except Exception as error:  # also of the other process; the run's files may be readable later
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            return _with_notice(self._html, f"At {at} no page could be made; it is tried again with new files. {why}")
+            text = msg("At {at} no page could be made; new files are tried again. {why}")
+            return _with_notice(self._html, tr(text, at=at, why=why))
         return self._html
 
     def _waiting(self) -> Page:
-        return self._made(_with_notice("", f"{self._path} is being read: the page comes by itself."))
+        return self._made(_with_notice("", tr("{path} is being read: the page will appear here.", path=self._path)))
 
     def _made(self, content: str) -> Page:
         self._number += 1
         version = f"{self._begun}-{self._number}"
         before, end, after = _OWN_POLICY.sub("", content).rpartition("</body>")
-        content = f"{before}{_SCRIPT % (_LOST, version)}{end}{after}"
+        content = f"{before}{_SCRIPT % (html.escape(tr(_LOST)), version)}{end}{after}"
         return Page(version, content.encode("utf-8", "backslashreplace"))
 
 
 def _with_notice(page: str, text: str) -> str:
-    """A page with a line on top; a page of that line alone where there was none."""
+    """A page with a line on top; or a page of that line alone if `page` is empty."""
     look = "margin:0;padding:.7rem 1rem;background:#fff6e0;color:#22303c;font:16px system-ui,sans-serif"
     notice = f'<p role="status" style="{look}">{html.escape(printable(text))}</p>'
     if not page:
         head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>report</title>'
-        return f'<!doctype html>\n<html lang="en"><head>{head}</head><body style="margin:0">{notice}</body></html>'
+        page = f'<head>{head}</head><body style="margin:0">{notice}</body>'
+        return f'<!doctype html>\n<html lang="{language()}">{page}</html>'
     at = page.index(">", page.index("<body")) + 1
     return page[:at] + notice + page[at:]
 
 
 def state_of(path: Path) -> object:
-    """What tells whether a run's page may have changed: names, sizes and times of files, and whether it goes on.
+    """A state that is equal while a run's page cannot have changed: names, sizes and times of its files, and its lock.
 
-    What the page does not show does not count, among it earlier reports and what is being written.
+    Files that the page does not show are left out, such as earlier reports and unfinished files.
     """
     if path.is_file():
         return _stat(path)
@@ -196,7 +200,7 @@ def _stat(entry: os.DirEntry[str] | Path) -> tuple[int, int] | None:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers GET and HEAD of `/` and `/version`, to who asks under this machine's own name."""
+    """Answers GET and HEAD of `/` and `/version`, to requests under this machine's own name."""
 
     server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
     server_version, sys_version = "lowrank-vit", ""
@@ -234,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a line every three seconds would hide what the terminal is for."""
+        """Log nothing: a line every three seconds would bury the terminal's other lines."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -249,7 +253,7 @@ class _Server(ThreadingHTTPServer):
 
 
 def open_server(port: int | None, watched: Watched) -> ThreadingHTTPServer:
-    """A server on 127.0.0.1. Port None: the usual one, another where that is taken; 0: any. Raises `UserError`."""
+    """A server on 127.0.0.1. Port None: the usual one, or another if that is taken; 0: any. Raises `UserError`."""
     if port is None:
         with suppress(OSError):
             return _Server(USUAL_PORT, watched)
@@ -261,11 +265,11 @@ def open_server(port: int | None, watched: Watched) -> ThreadingHTTPServer:
 
 
 def serve_page(path: Path, port: int | None, png: bool) -> None:
-    """Serve the page until Ctrl-C. Raises `UserError` for a folder that cannot hold a run, and for a taken port."""
+    """Serve the page until Ctrl-C. Raises `UserError` for a path that cannot become a run, and for a taken port."""
     if not path.exists() and not path.absolute().parent.is_dir():
         raise UserError(f"no run at {path}, nor a folder where one could begin. Give output/<experiment>.")
     if path.is_file() and not path.name.endswith(_FILES):
-        raise UserError(f"{path} is a file of no run, which will not become one. Give output/<experiment>.")
+        raise UserError(f"{path} is a file, but not one of a run. Give the run's directory, output/<experiment>.")
     aside = Aside()
     speaks = language()  # another thread asks, for another process
     watched = Watched(path, lambda found: aside.call(page_of, found, png, speaks))
@@ -281,11 +285,11 @@ def serve_page(path: Path, port: int | None, png: bool) -> None:
         say("ended")
     finally:
         server.server_close()
-        watched.close()  # the process aside ends with this one
+        watched.close()  # the other process ends with this one
 
 
 def page_of(path: Path, png: bool, language: Language = "en") -> str:
-    """The HTML of a run, an analysis or a compression; called in a process of its own. Raises `UserError`."""
+    """The HTML of a run, an analysis or a compression; called in another process. Raises `UserError`."""
     from lowrank_vit.report.page import draw_report
 
     if os.nice(0) < 5:

@@ -1,1 +1,1 @@
-"""Pages of several runs: what differs between them, and what their seeds alone make of it."""
+"""Pages of several runs: the differences between them, compared with the spread over seeds."""

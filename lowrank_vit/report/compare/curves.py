@@ -1,4 +1,4 @@
-"""Lines of several runs in one panel: over the updates or epochs, and spectra at a moment that all have reached.
+"""Lines of several runs in one panel: over updates or epochs, and spectra at a moment that all have reached.
 
 Shape legend: T moments, K singular values of a matrix.
 """
@@ -18,9 +18,9 @@ from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.style import by_type, first_middle_last
 
 Curve = tuple[np.ndarray, np.ndarray]
-"""Places on the axis, growing, and values."""
+"""Positions on the axis, ascending, and values."""
 INDICES = 96
-"""Points of a spectrum: the first values, then ever wider apart."""
+"""Points of a spectrum: the first values, then ever wider spaced ones."""
 _SCORES = (
     ("eval_top1", msg("Accuracy"), msg("top-1, %")),
     ("eval_ema_top1", msg("Accuracy of the EMA"), msg("top-1, %")),
@@ -33,13 +33,13 @@ _SCORES = (
 
 @dataclass(frozen=True)
 class Line:
-    """Of one group: a run's own, or the mean of its runs where all of them have a value."""
+    """The line of a group: a single run's, or the mean of its runs where all of them have a value."""
 
     group: Group
     x_T: np.ndarray
     y_T: np.ndarray
     deviation_T: np.ndarray | None
-    """Standard deviation (n - 1); None of a run alone."""
+    """Standard deviation (n - 1); None for a single run."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,28 @@ Views = dict[str, list[Panel]]
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels in one view, or in several of which a reader chooses."""
+    """Panels in one view, or in several from which the reader chooses."""
 
     name: str
-    """Of its file, and in the page."""
+    """The name of its file, and its id in the page."""
     title: str
     note: str
     views: dict[str, Views]
-    """By weights, of the model or of its EMA."""
+    """By weights, those of the model or of its EMA."""
 
     @property
     def first(self) -> Views:
-        """Those of the model, where there are any."""
+        """The views of the model, if there are any, else of the EMA."""
         return next(iter(self.views.values()))
 
 
 def line_of(group: Group, curves: Sequence[Curve]) -> Line | None:
-    """One line of the curves of a group's runs, as far as these have anything; None without a finite value."""
+    """One line from the curves of a group's runs that have any values; None without a finite value."""
     known = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in curves if len(x)]
     if len(known) == 1:
         x, y = known[0]
         return Line(group, x, y, None) if len(x) else None
-    # Rounded, since places on an axis of epochs are quotients.
+    # Rounded, since positions on an axis of epochs are quotients.
     tables = [dict(zip(np.round(x, 6).tolist(), y.tolist(), strict=True)) for x, y in known]
     shared = sorted(set[float]().union(*tables[:1]).intersection(*tables[1:]))
     if not shared:
@@ -103,7 +103,7 @@ def score_figure(compared: Compared) -> Figure | None:
 
 
 def type_figure(compared: Compared) -> Figure | None:
-    """Means over the matrices of a type, a panel for each; to be chosen: the number."""
+    """Means over the matrices of a type, a panel for each; the reader chooses the metric."""
     found: dict[str, Views] = {}
     for kind, weights in KINDS.items():
         types = by_type(names_of(compared, kind))
@@ -126,9 +126,9 @@ def type_figure(compared: Compared) -> Figure | None:
 
 
 def layer_figure(compared: Compared, *, every: bool = True, times: int = TIMES) -> Figure | None:
-    """Of each layer that two runs have: numbers over time, and the whole spectrum at the last common moment.
+    """For each layer that two runs have: metrics over time, and the whole spectrum at the last common moment.
 
-    `every`: else of first, middle and last of each type. `times`: moments of a line, at most.
+    `every`: all such layers; else the first, middle and last of each type. `times`: most points of a line.
     """
     found: dict[str, Views] = {}
     for kind, weights in KINDS.items():
@@ -194,7 +194,7 @@ def _over_time(compared: Compared, at: int, values_T: np.ndarray | None) -> Curv
 def _panel(
     compared: Compared, title: str, label: str, curve: Callable[[int], Curve], x: str = "", *, log: bool = False
 ) -> list[Panel]:
-    """The panel of what `curve` says of the run at a place; empty without a finite value."""
+    """The panel of the curves that `curve` gives for each run's place; empty without a finite value."""
     lines = [line_of(group, [curve(at) for at in group.at]) for group in compared.groups]
     there = [line for line in lines if line]
     return [Panel(title, x or tr(compared.axis), label, there, log)] if there else []

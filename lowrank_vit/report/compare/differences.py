@@ -1,9 +1,14 @@
-"""The largest differences between groups of runs, in sentences, held against what seeds alone make of a number.
+"""The largest differences between groups of runs, in sentences, compared with the spread over seeds.
 
-The spread of a number over seeds is its standard deviation within the groups, pooled over all that have two runs or
-more. A difference is proven where Student's t of it has p < 0.05 after Bonferroni's correction for all numbers and
-pairs of groups that were looked at. Seeds that coincide, as counts of few values do by chance, tell no spread: such a
-difference is never proven. Large ones that are not proven are told as such, with what is missing.
+The spread of a number over seeds is its standard deviation within the groups, pooled over all with two runs or more. A
+difference is proven where Student's t of it has p < 0.05 after Bonferroni's correction for all numbers and pairs of
+groups that were looked at. Equal seeds, as counts of few values have by chance, give no spread: such a difference is
+never proven. Large differences that are not proven are reported with what is missing.
+
+Between groups of equal size Student's t hardly depends on the numbers' distribution. Between unequal ones it does: a
+skewed count in the small group looks far from the spread of the large one. There the standard error is at least that of
+the two groups' own spreads (Welch, Biometrika 34 (1947)), and the degrees of freedom are those of two groups of the
+smaller size. So a single run proves no difference.
 """
 
 from __future__ import annotations
@@ -26,18 +31,18 @@ from lowrank_vit.report.language import language, msg, tr
 from lowrank_vit.report.style import by_type
 
 COUNT, LEVEL = 3, 0.05
-"""Sentences on differences that are proven, as many on those that are not, and the p-value that proves."""
+"""Sentences on proven differences, as many on others, and the p-value below which a difference is proven."""
 FAR = 3.0
-"""Standard deviations over seeds from which a difference is worth a sentence, though it may not be proven."""
+"""Standard deviations over seeds from which a difference is worth a sentence even if it is not proven."""
 SCORES = "scores"
 _MOST_RUNS = 20
-"""A group with more is not advised."""
+"""More runs per group are not suggested."""
 _LEAST = math.log(1.01)
-"""A smaller weight than of a hundredth is no news."""
+"""A smaller weight, less than 1 %, is not worth a sentence."""
 _SAME = 1e-9
-"""Seeds whose standard deviation is such a share of their numbers coincide, but for rounding."""
+"""Seeds are equal up to rounding if their standard deviation is at most this share of their numbers."""
 _LOCAL = 0.5
-"""Blocks are named whose difference is above this share of the largest."""
+"""Blocks are named if their difference is above this share of the largest."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +51,23 @@ class Measure:
 
     label: str
     subject: str
-    """Type of the matrices, or `SCORES`: of each there is one sentence at most."""
+    """Type of the matrices, or `SCORES`; each has at most one sentence."""
     values: list[float]
     """By run; NaN where a run has none."""
     weigh: Callable[[float], float]
-    """On its scale differences of measures are held against one another: a factor's logarithm, mostly."""
+    """The scale on which differences of measures are compared: mostly the logarithm, so that factors count."""
     text: Callable[[float], str]
     of_matrices: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """By name of a matrix: its number in every run, whose mean `values` are."""
+    """By matrix: its number in every run; `values` are the means of these."""
     is_factor: bool = True
-    """Whether a difference is told as a factor."""
+    """Whether a difference is given as a factor."""
     rank: int = 0
-    """Of a score, its place among them: the first one is told."""
+    """The place of a score among the scores; only the first one gets a sentence."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a measure between two groups."""
+    """The difference of a measure between two groups."""
 
     measure: Measure
     high: int
@@ -70,15 +75,15 @@ class Difference:
     """Places of the groups."""
     weight: float
     spread: float
-    """Standard deviation over seeds; 0 where they coincide, NaN where no group has two runs with the number."""
+    """Standard deviation over seeds; 0 where they are equal, NaN where no group has two runs with the number."""
     apart: float
-    """Between the means, 0 or more."""
+    """Distance of the means, 0 or more."""
     freedom: int
-    """Degrees of freedom of the spread: runs less groups, of those that have the number."""
+    """Degrees of freedom of the spread: runs minus groups, of those that have the number."""
     runs: tuple[int, int]
-    """Of both groups, those that have the number."""
+    """Runs of both groups that have the number."""
     p: float
-    """Of Student's t, both tails, not corrected; NaN where the spread is not known."""
+    """Two-sided p of Student's t, not corrected; NaN where the spread is not known, or a group has a single run."""
 
     @property
     def deviations(self) -> float:
@@ -87,7 +92,7 @@ class Difference:
 
 
 def differences(measures: Sequence[Measure], groups: Sequence[Sequence[int]]) -> list[Difference]:
-    """Every measure between every two groups, the weightiest first. `groups`: places of the runs of each."""
+    """The difference of every measure between every two groups, the weightiest first. `groups`: the runs' places."""
     found: list[Difference] = []
     for measure in measures:
         values = [[value for i in of if math.isfinite(value := measure.values[i])] for of in groups]
@@ -105,16 +110,24 @@ def differences(measures: Sequence[Measure], groups: Sequence[Sequence[int]]) ->
             weight = abs(measure.weigh(means[0]) - measure.weigh(means[1]))
             if not math.isfinite(weight):
                 continue
-            error = spread * math.sqrt(1 / len(values[a]) + 1 / len(values[b]))
-            p = 2 * float(stdtr(freedom, -apart / error)) if error > 0 else math.nan
-            found.append(
-                Difference(measure, high, low, weight, spread, apart, freedom, (len(values[a]), len(values[b])), p)
-            )
+            runs = len(values[a]), len(values[b])
+            p = _p_value(values[a], values[b], apart, spread, freedom)
+            found.append(Difference(measure, high, low, weight, spread, apart, freedom, runs, p))
     return sorted(found, key=lambda one: -one.weight)
 
 
+def _p_value(a: Sequence[float], b: Sequence[float], apart: float, spread: float, freedom: int) -> float:
+    """Two-sided p of Student's t; between groups of unequal size see the module's docstring."""
+    least = min(len(a), len(b))
+    if least < 2 or not spread > 0:
+        return math.nan
+    own = math.sqrt(sum(float(np.var(of, ddof=1)) / len(of) for of in (a, b)))
+    error = max(spread * math.sqrt(1 / len(a) + 1 / len(b)), own)
+    return 2 * float(stdtr(freedom if len(a) == len(b) else min(freedom, 2 * (least - 1)), -apart / error))
+
+
 def sentences(compared: Compared) -> list[str]:
-    """Differences that are proven, the largest first, how many are, and large ones that are not, `COUNT` each."""
+    """The proven differences, the largest first, their number, and large ones that are not proven; `COUNT` each."""
     groups = [group.at for group in compared.groups]
     if len(groups) < 2:
         return [_of_one_group(compared)]
@@ -122,8 +135,8 @@ def sentences(compared: Compared) -> list[str]:
     if not found:
         return [tr("The runs have no number in common that could be compared.")]
     if found[0].weight <= _LEAST:
-        return [tr("No number that is compared differs by more than a hundredth between the runs.")]
-    # Those of coinciding seeds were looked at, too: left out, they would make the others' correction too small.
+        return [tr("No compared number differs by more than 1 % between the runs.")]
+    # Comparisons that cannot be proven were looked at too: without them the others' correction would be too small.
     count = sum(one.freedom > 0 for one in found)
     if not count:
         return [_begun(_sentence(compared, one, 0)) for one in _by_subject(found)]
@@ -133,8 +146,7 @@ def sentences(compared: Compared) -> list[str]:
     others = [one for one in found if one not in proven and one.weight > heaviest.get(one.measure.subject, 0.0)]
     large = _by_subject([one for one in others if not one.deviations < FAR])
     numbers = tr(
-        "Differences that are proven (beyond what seeds alone make of them, p < {level} after Bonferroni's "
-        "correction): {k} of {n}.",
+        "Proven differences (beyond the spread over seeds, p < {level} after Bonferroni's correction): {k} of {n}.",
         level=LEVEL,
         k=len(proven),
         n=count,
@@ -147,9 +159,9 @@ def sentences(compared: Compared) -> list[str]:
 
 
 def _by_subject(found: Sequence[Difference]) -> list[Difference]:
-    """The weightiest of each subject, of scores the first that is named, so top-1; without what weighs hardly anything.
+    """The weightiest difference of each subject, for scores the first score (top-1); without negligible ones.
 
-    Scores are among them, however many matrices have larger differences.
+    A score is included however many matrices have larger differences.
     """
     chosen: dict[str, Difference] = {}
     for one in found:
@@ -173,18 +185,24 @@ def _of_one_group(compared: Compared) -> str:
 
 
 def _held(one: Difference, count: int) -> str:
-    """What the difference is held against, and what is missing where that does not prove it."""
+    """The difference in terms of the spread over seeds, and what is missing if that does not prove it."""
     if not one.freedom:
         if not count:
-            return tr("one run each, so there is no spread over seeds to hold it against")
+            return tr("one run each, so the spread over seeds is not known")
         return tr("no group has two runs with this number, so its spread over seeds is not known: add seeds")
     if not one.spread:
-        return tr("its seeds coincide, which tells no spread to hold it against: add seeds")
-    p, far = min(1.0, one.p * count), one.deviations
+        return tr("its seeds have equal values, so their spread is not known: add seeds")
+    far = one.deviations
     words: dict[str, Any] = {"d": f"{far:,.0f}" if far >= 10 else f"{far:.2g}", "n": count}
-    words["p"] = f"p = {p:.1g}" if p >= 1e-6 else "p < 10⁻⁶"
-    held = tr("{d} standard deviations over seeds, {p} after correction (× {n})", **words)
-    if p < LEVEL or far < FAR:
+    if math.isnan(one.p):
+        held = tr("{d} standard deviations over seeds, but a single run proves no difference", **words)
+    else:
+        p = min(1.0, one.p * count)
+        words["p"] = f"p = {p:.1g}" if p >= 1e-6 else "p < 10⁻⁶"
+        held = tr("{d} standard deviations over seeds, {p} after correction (× {n})", **words)
+        if p < LEVEL:
+            return held
+    if far < FAR:
         return held
     if runs := _runs_to_prove(one, count):
         return held + tr("; {runs} runs of each group would prove it if difference and spread stay", runs=runs)
@@ -192,7 +210,7 @@ def _held(one: Difference, count: int) -> str:
 
 
 def _runs_to_prove(one: Difference, count: int) -> int:
-    """How many runs of each group would prove the same difference beside the same spread; 0: more than is advised."""
+    """How many runs of each group would prove the same difference with the same spread; 0: more than `_MOST_RUNS`."""
     fewest = max(one.runs) + (one.runs[0] == one.runs[1])
     for runs in range(max(2, fewest), _MOST_RUNS + 1):
         t = one.apart / (one.spread * math.sqrt(2 / runs))
@@ -202,7 +220,7 @@ def _runs_to_prove(one: Difference, count: int) -> int:
 
 
 def _sentence(compared: Compared, one: Difference, count: int) -> str:
-    """What differs, where and by how much; `count`: comparisons that were looked at, 0 where no spread is known."""
+    """What differs, where and by how much. `count`: the number of comparisons, 0 where no spread is known."""
     measure, groups = one.measure, (compared.groups[one.high], compared.groups[one.low])
     values = [[v for i in group.at if math.isfinite(v := measure.values[i])] for group in groups]
     means = [float(np.mean(of)) for of in values]
@@ -221,7 +239,7 @@ def _sentence(compared: Compared, one: Difference, count: int) -> str:
 
 
 def _where(one: Difference, groups: tuple[Group, Group]) -> str:
-    """Blocks of a type, half of them at most, whose difference is more than twice that of every other block."""
+    """The blocks of a type, at most half, whose difference is more than twice that of every other block."""
     found: dict[str, float] = {}
     for name, values in one.measure.of_matrices.items():
         high, low = ([v for i in group.at if math.isfinite(v := values[i])] for group in groups)
@@ -238,7 +256,7 @@ def _where(one: Difference, groups: tuple[Group, Group]) -> str:
 
 
 def measures(compared: Compared) -> list[Measure]:
-    """The numbers that runs are compared by: best scores, and means by type at the last common moment."""
+    """The numbers to compare: best scores, and means by type at the last common moment."""
     scores = scores_of([run.epochs for run in compared.runs])
     found: list[Measure] = []
     for one in scores:
@@ -267,20 +285,20 @@ def _log(value: float) -> float:
 
 
 def _of_percent(value: float) -> float:
-    """The logarithm of the error that is left, at least a hundredth of a percent."""
+    """The logarithm of the remaining error in percent, at least 0.01."""
     return math.log(max(100 - value, 0.01))
 
 
 _NUMBERS: Mapping[str, tuple[str, Callable[[float], float]]] = {
     "sigma_max": (msg("σ₁"), _log),
-    # The stable rank moves by the square of what sigma_1 moves by.
+    # The stable rank changes by the square of the factor of sigma_1.
     "stable_rank": (msg("stable rank"), lambda value: 0.5 * _log(value)),
     "effective_rank": (msg("effective rank"), _log),
     "alpha": (msg("power-law exponent α"), _log),
     "mp_outliers": (msg("count of values beyond the noise edge"), lambda value: 0.5 * math.log1p(max(value, 0.0))),
     "block_cos0_u_overlap": (msg("overlap of left vectors with the start"), float),
 }
-"""Metric to its name in a sentence, and how differences of it weigh."""
+"""Metric to its name in a sentence, and the scale of its differences."""
 _NO_FACTOR = ("mp_outliers", "block_cos0_u_overlap")
 
 
@@ -293,5 +311,5 @@ def _short(name: str) -> str:
 
 
 def _begun(text: str) -> str:
-    """With a capital letter, but for Greek ones; a Chinese sentence may begin with a name, which stays as it is."""
+    """With a capital letter, except Greek ones; a Chinese sentence may begin with a name, which stays as it is."""
     return text[0].upper() + text[1:] if text[0].isascii() and language() == "en" else text

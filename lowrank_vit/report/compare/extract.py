@@ -1,4 +1,4 @@
-"""What a comparison takes of each run: bounded, and read refresh by refresh, so that ten long runs fit into memory.
+"""The data of each run for a comparison: bounded, and read refresh by refresh, so that ten long runs fit into memory.
 
 Shape legend: T moments, K singular values of a matrix.
 """
@@ -31,17 +31,17 @@ METRICS: Mapping[str, str] = {
     "mp_outliers": msg("values beyond the noise edge"),
     "block_cos0_u_overlap": msg("left vectors: overlap with the start (0: chance)"),
 }
-"""Numbers of a matrix, and what is said of them."""
+"""Metrics of a matrix, and their labels."""
 OF_SPECTRA: Mapping[str, Callable[[np.ndarray], float]] = {
     "sigma_max": lambda s: float(s[0]),
     "stable_rank": stable_rank,
     "effective_rank": effective_rank,
 }
-"""Those that whole spectra tell."""
+"""The metrics that follow from whole spectra."""
 TIMES = 120
-"""Refreshes of a run whose numbers are read."""
+"""Most refreshes of a run whose numbers are read."""
 _MEANS = ("type/", "depth/", "circuit/", "flow/", "refresh")
-"""How names begin that are of no matrix."""
+"""Beginnings of names that are of no matrix."""
 
 OfMatrices = dict[str, np.ndarray]
 """By name of a matrix."""
@@ -49,7 +49,7 @@ OfMatrices = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Numbers:
-    """Of one run: numbers of its matrices over time, and whole spectra at the moment at which runs are compared."""
+    """The numbers of one run's matrices over time, and whole spectra at the moment of the comparison."""
 
     updates_T: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     over_time: dict[tuple[str, str], OfMatrices] = field(default_factory=dict)
@@ -57,10 +57,10 @@ class Numbers:
     spectra: dict[str, OfMatrices] = field(default_factory=dict)
     """By kind: (K,) of each matrix."""
     last: int = -1
-    """The place in `updates_T` that is not beyond that moment; -1 without one."""
+    """The last place in `updates_T` up to that moment; -1 without one."""
 
     def at_end(self, kind: str, metric: str) -> dict[str, float]:
-        """A number of each matrix at that moment: of the whole spectra, else as it was logged last."""
+        """A metric of each matrix at that moment: from the whole spectra, else as last logged."""
         measure, spectra = OF_SPECTRA.get(metric), self.spectra.get(kind)
         if measure and spectra:
             return {name: measure(s_K) for name, s_K in spectra.items()}
@@ -69,7 +69,7 @@ class Numbers:
 
 
 def read_numbers(compared: Compared) -> tuple[list[Numbers], float, list[str]]:
-    """Numbers of each run, the place on the common axis where spectra are compared, and notes on damaged files."""
+    """The numbers of each run, the position on the common axis of the comparison, and notes on damaged files."""
     notes: list[str] = []
     stores = [None if run.moment else Spectra(store_dir_of(run.path)) for run in compared.runs]
     full = [store.full_updates if store else [] for store in stores]
@@ -105,12 +105,12 @@ def read_numbers(compared: Compared) -> tuple[list[Numbers], float, list[str]]:
 
 
 def _updates(store: Spectra) -> list[int]:
-    """Those whose numbers can be had: logged ones, or of an older run's whole spectra."""
+    """The updates with numbers: logged ones, or those of an older run's whole spectra."""
     return store.scalar_updates or store.full_updates
 
 
 def _times(of_runs: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
-    """By run, which updates are read: those that all seeds have, so that there is a mean; else of each its own."""
+    """By run, the updates to read: those that all seeds have, so that there is a mean; else each run's own."""
     there = [set(updates) for updates in of_runs.values() if updates]
     common = sorted(set[int]().union(*there[:1]).intersection(*there[1:]))
     return {at: thinned(common if len(common) > 1 else updates, TIMES) for at, updates in of_runs.items()}
@@ -129,7 +129,7 @@ def _over_time(store: Spectra, updates: Sequence[int]) -> dict[tuple[str, str], 
     found: dict[tuple[str, str], OfMatrices] = {}
     is_logged = bool(store.scalar_updates)
     for t, update in enumerate(updates):
-        with contextlib.suppress(UserError):  # damaged, or thinned out meanwhile
+        with contextlib.suppress(UserError):  # damaged, or thinned out in the meantime
             one = store.history.read(update) if is_logged else _measured(store, update)
             wanted = [(column, metric) for column, metric in enumerate(one.metrics) if metric in METRICS]
             for row, key in enumerate(one.keys):
@@ -145,14 +145,14 @@ def _over_time(store: Spectra, updates: Sequence[int]) -> dict[tuple[str, str], 
 
 
 def _measured(store: Spectra, update: int) -> StoredScalars:
-    """What spectra tell where nothing was logged."""
+    """The metrics that follow from the spectra, for runs that logged none."""
     spectra = {key: s_K for key, s_K in store.refresh(update).spectra.items() if s_K.size}
     values = {f"{key}/{metric}": of(s_K) for key, s_K in spectra.items() for metric, of in OF_SPECTRA.items()}
     return StoredScalars.of(update, values)
 
 
 def _of_analysis(run: Run) -> Numbers:
-    """An analysis is of one moment, which has no place on the axis."""
+    """The numbers of an analysis: of one moment, without a position on the axis."""
     over_time: dict[tuple[str, str], OfMatrices] = {}
     for key, values in run.scalars.items():
         kind, _, rest = key.partition("/")

@@ -1,4 +1,4 @@
-"""Runs to be compared: which options differ between them, and which runs are one configuration under several seeds."""
+"""Runs to be compared: which options differ, and which runs are one configuration with several seeds."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from lowrank_vit.report.language import msg, tr
 from lowrank_vit.report.read import Run, find_analysis, read_analysis, read_run
 
 OF_THE_RUN = frozenset({"experiment", "output", "resume", "wandb-resume-id", "config", "checkpoint"})
-"""Options that say which run it is, not what it does."""
+"""Options that identify a run but do not change what it does."""
 _OF_THE_SEED = OF_THE_RUN | {"seed", "seeds"}
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255")
-"""Told apart under deuteranopia; with more groups they begin again, dashed."""
+"""Colours that differ under deuteranopia; further groups repeat them, dashed."""
 MARKS = (
     *(("circle", "o"), ("square", "s"), ("diamond", "D"), ("x", "X"), ("triangle-up", "^"), ("triangle-down", "v")),
     *(("cross", "P"), ("star", "*")),
 )
-"""Plotly's and matplotlib's names, one for each colour."""
+"""Plotly's and matplotlib's names of markers, one for each colour."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed alone; mostly one."""
+    """Runs that differ in the seed alone; often only one."""
 
     name: str
     at: list[int]
     """Their places among all runs."""
     place: int
-    """Among the groups, from 0."""
+    """Its place among the groups, from 0."""
 
     @property
     def color(self) -> str:
-        """Of its lines."""
+        """The colour of its lines."""
         return COLORS[self.place % len(COLORS)]
 
     @property
     def mark(self) -> tuple[str, str]:
-        """Of its points, see `MARKS`."""
+        """The marker of its points, see `MARKS`."""
         return MARKS[self.place % len(MARKS)]
 
     @property
@@ -66,14 +66,14 @@ class Compared:
     """One line each, all different."""
     groups: list[Group]
     numbers: list[Numbers] = field(default_factory=list)
-    """Of each run."""
+    """The numbers of each run."""
     end: float = 0.0
-    """The last place on the axis that every run with spectra has reached; there they are compared."""
+    """The last position on the axis that every run with spectra has reached; there spectra are compared."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def axis(self) -> str:
-        """update, or epoch where an epoch has another number of updates in one of them than in another."""
+        """update, or epoch if the runs have different numbers of updates per epoch."""
         counts = [updates_per_epoch(run) for run in self.runs if not run.moment]
         return msg("epoch") if all(counts) and len(set(counts)) > 1 else msg("update")
 
@@ -84,14 +84,14 @@ class Compared:
 
     @property
     def options_that_differ(self) -> dict[str, list[str]]:
-        """By option its value in each group, with those of all its seeds; as they are typed."""
+        """By option, its values in each group (those of all its runs), as they are typed."""
         names = dict.fromkeys(name for run in self.runs for name in run.args if name not in OF_THE_RUN)
         found = {name: [typed(run.args.get(name)) for run in self.runs] for name in names}
         return {name: self._by_group(values) for name, values in found.items() if len(set(values)) > 1}
 
     @property
     def environment_that_differs(self) -> dict[str, list[str]]:
-        """The same of versions and hardware; what every run has of its own is left out."""
+        """The same for versions and hardware; the command, which is different in every run, is left out."""
         names = dict.fromkeys(name for run in self.runs for name in run.environment if name != "command")
         found = {name: [typed(run.environment.get(name)) for run in self.runs] for name in names}
         return {name: self._by_group(values) for name, values in found.items() if len(set(values)) > 1}
@@ -101,7 +101,7 @@ class Compared:
 
 
 def updates_per_epoch(run: Run) -> float:
-    """Of the last validated epoch; 0 where that is not known."""
+    """Updates per epoch, as of the last validated epoch; 0 where that is not known."""
     epochs = run.epochs
     if not {"epoch", "update"} <= epochs.keys() or not np.isfinite(epochs["epoch"][-1]):
         return 0.0
@@ -109,23 +109,23 @@ def updates_per_epoch(run: Run) -> float:
 
 
 def read_compared(paths: Sequence[Path]) -> Compared:
-    """Read runs, or analyses, as much of each as a comparison holds.
+    """Read the parts of runs, or of analyses, that a comparison needs.
 
     Raises:
         UserError: one cannot be read, is a compression or is given twice, or there are fewer than two.
     """
     if len(paths) < 2:
-        raise UserError("One run alone is compared with nothing: give two or more.")
+        raise UserError("A comparison needs two runs or more, but only one is given.")
     places = [path.resolve() for path in paths]
     if twice := next((path for n, path in enumerate(paths) if places.index(path.resolve()) < n), None):
         raise UserError(f"{twice} is given twice. Give each run once.")
     for path in paths:
         if find_compression(path) and not (path.is_dir() and (path / "args.yaml").exists()):
-            raise UserError(f"{path} is a compression; runs and analyses are what is compared. Leave it out.")
+            raise UserError(f"{path} is a compression, but only runs and analyses can be compared. Leave it out.")
     analyses = [find_analysis(path) for path in paths]
     for path, analysis in zip(paths, analyses, strict=True):
         if path.is_file() and not analysis:
-            raise UserError(f"{path} is a file of no analysis. Compare run directories, or *_spectral.json files.")
+            raise UserError(f"{path} is a file, but no analysis. Give run directories, or *_spectral.json files.")
     runs = [
         read_analysis(found) if found else read_run(path, spectra=False)
         for path, found in zip(paths, analyses, strict=True)
@@ -137,7 +137,7 @@ def read_compared(paths: Sequence[Path]) -> Compared:
 
 
 def _names(names: list[str], places: Sequence[Path]) -> list[str]:
-    """Names that are all different: with their folders' where they must."""
+    """Names that are all different: with the names of their folders where necessary."""
     if len(set(names)) < len(names):
         common = os.path.commonpath(places)
         names = [os.path.relpath(place, common) for place in places]
@@ -148,7 +148,7 @@ def _groups(runs: Sequence[Run], names: Sequence[str]) -> list[Group]:
     alike: dict[tuple[tuple[str, str], ...] | int, list[int]] = {}
     for n, run in enumerate(runs):
         options = {name: typed(value) for name, value in run.args.items() if name not in _OF_THE_SEED}
-        # Of a run without its options nothing is known, and an analysis has no seed.
+        # Nothing is known about a run without its options, and an analysis has no seed.
         key = tuple(sorted(options.items())) if options and not run.moment else n
         alike.setdefault(key, []).append(n)
     found: list[Group] = []
@@ -166,7 +166,7 @@ def _of_seeds(names: Sequence[str], args: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _ranges(seeds: list[str]) -> str:
-    """Such as "0-4" where they are three or more whole numbers in a row, else each of them."""
+    """Such as "0-4" for three or more consecutive numbers, else all of them."""
     numbers = [int(seed) for seed in seeds if seed.isdecimal()]
     if len(numbers) == len(seeds) > 2 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         return f"{numbers[0]}-{numbers[-1]}"
@@ -174,7 +174,7 @@ def _ranges(seeds: list[str]) -> str:
 
 
 def typed(value: Any) -> str:
-    """As it would stand on the command line: lists with spaces, nothing for None."""
+    """The value as it is typed on the command line: lists with spaces, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, bool):

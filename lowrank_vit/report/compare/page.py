@@ -1,4 +1,4 @@
-"""`report RUN_A RUN_B ...`: the page of a comparison, in a folder of its own; differences first, runs by colour."""
+"""`report RUN_A RUN_B ...`: the page of a comparison, in its own folder; differences come first."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "comparison"
-"""Of the page and of the folder of its pictures: no report of a run is called so."""
+"""The name of the page and of the folder of its pictures; no report of a run has this name."""
 _LONGEST = 120
-"""Characters of a folder's name."""
+"""Most characters of a folder's name."""
 _OF_A_RUN = ("args.yaml", "metrics.jsonl", "summary.csv", "last.pth.tar", "report.html", "spectra", "compression.json")
 
 
 def draw_comparison(paths: Sequence[Path], out: Path | None, *, with_png: bool = True) -> Drawn:
-    """The comparison of runs or analyses, for the folder `out`, else one beside the first, named after them.
+    """The comparison of runs or analyses, for the folder `out`, or for one beside the first run, named after them.
 
-    Raises `UserError`, see `read_compared`, and where `out` is a run's folder.
+    Raises `UserError`, see `read_compared`, and if `out` is a run's folder.
     """
     folder = out or paths[0].absolute().parent / _folder_name(paths)
     _require_own(folder)
@@ -72,46 +72,44 @@ def draw_comparison(paths: Sequence[Path], out: Path | None, *, with_png: bool =
 
 
 def _require_own(folder: Path) -> None:
-    """Raise `UserError` for a folder that is a run's, or lies in one, or has another's pictures."""
+    """Raise `UserError` for a folder that is a run's, lies in one, or holds something else under this name."""
     if held := next((name for name in _OF_A_RUN if (folder / name).exists()), ""):
-        raise UserError(
-            f"{folder} holds a run or its report ({held}). Give a comparison a folder of its own, --out DIR."
-        )
+        raise UserError(f"{folder} holds a run or its report ({held}). Give the comparison its own folder, --out DIR.")
     if run := next((one for one in folder.absolute().parents if (one / "args.yaml").exists()), None):
-        raise UserError(f"{folder} lies in the run {run}. Give a comparison a folder of its own, --out DIR.")
+        raise UserError(f"{folder} lies in the run {run}. Give the comparison its own folder, --out DIR.")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; a comparison is written to a folder: --out DIR.")
+        raise UserError(f"{folder} is a file, but a comparison is written to a folder: --out DIR.")
     if (folder / NAME).exists() and not (folder / f"{NAME}.html").exists():
-        raise UserError(f"{folder / NAME} is there and of no comparison. Give another folder, --out DIR.")
+        raise UserError(f"{folder / NAME} exists and is no comparison. Give another folder, --out DIR.")
 
 
 def _bounded(compared: Compared) -> tuple[list[Figure], dict[str, str], list[str]]:
-    """The figures, what of them stands in the page, and notes on what does not."""
+    """The figures, their data for the page, and notes on what the page leaves out."""
     leading = [one for one in (make(compared) for make in (curves.score_figure, curves.type_figure)) if one]
     notes: list[str] = []
     for every, times in ((True, TIMES), (True, TIMES // 4), (False, TIMES // 4), (False, 8)):
         layers = curves.layer_figure(compared, every=every, times=times)
         made = [*leading, *([layers] if layers else [])]
         embedded = _embedded(compared, made)
-        notes = [] if every else [tr("Of the layers this page holds the first, the middle and the last of each type.")]
+        notes = [] if every else [tr("This page holds the first, the middle and the last layer of each type.")]
         if times < TIMES:
             notes.append(tr("Lines of one layer have up to {n} points, evenly spaced.", n=times))
         if sum(map(len, embedded.values())) <= DATA_AT_MOST:
             break
     refreshes = max((len(numbers.updates_T) for numbers in compared.numbers), default=0)
     if refreshes >= TIMES:
-        notes.append(tr("Of each run's refreshes this page holds {n}, evenly spaced.", n=TIMES))
+        notes.append(tr("This page holds {n} refreshes of each run, evenly spaced.", n=TIMES))
     return made, embedded, notes
 
 
 def _ends(compared: Compared) -> list[str]:
-    """Which runs have their spectra compared long before they end, since another has not come so far."""
+    """A note if spectra are compared long before some run's end, since another run has not come as far."""
     last = [float(compared.on_axis(at, of.updates_T[-1:])[0]) if len(of.updates_T) else math.nan
             for at, of in enumerate(compared.numbers)]  # fmt: skip
     early = [name for name, at in zip(compared.names, last, strict=True) if at <= compared.end + 1e-6]
     if not early or not any(at > 1.1 * compared.end for at in last):
         return []
-    text = msg("Spectra are compared at {moment}, the last that {runs} has.")
+    text = msg("Spectra are compared at {moment}, the last moment of {runs}.")
     return [tr(text, moment=curves.moment(compared), runs=", ".join(early))]
 
 
@@ -126,7 +124,7 @@ def _notes(run: Any) -> list[str]:
 
 
 def headline(compared: Compared) -> list[tuple[str, str]]:
-    """The best top-1 of each group, of the model and of its EMA, as in the table of scores."""
+    """The best top-1 of each group, for the model and its EMA, as in the table of scores."""
     labels = {
         "top-1 accuracy (%)": msg("best top-1, {run}"),
         "top-1 accuracy, EMA (%)": msg("best top-1, EMA, {run}"),
@@ -141,7 +139,7 @@ def headline(compared: Compared) -> list[tuple[str, str]]:
 
 
 def comparison_tables(compared: Compared) -> list[Table]:
-    """What differs: options, scores, spectra at the last common moment, versions and hardware."""
+    """Tables of differing options, scores, spectra at the last common moment, and versions and hardware."""
     names = [group.name for group in compared.groups]
     options = [[f"--{name}", *values] for name, values in compared.options_that_differ.items()]
     scores = scores_of([run.epochs for run in compared.runs])
@@ -190,7 +188,7 @@ def _embedded(compared: Compared, made: Sequence[Figure]) -> dict[str, str]:
 
 
 def _long(compared: Compared) -> dict[str, dict[str, list[Any]]]:
-    """Tables for other programs: a row for each run and score, or number of spectra at the last common moment."""
+    """Tables for other programs: a row for each run and score, or metric of the spectra at the last common moment."""
     groups = {at: group.name for group in compared.groups for at in group.at}
     scores = [
         {"run": name, "group": groups[at], "score": one.label, "when": one.when, "value": one.values[at]}
@@ -217,7 +215,7 @@ def _series(line: Line, pack: Packer) -> dict[str, Any] | None:
 
 
 def _picture(one: Figure, compared: Compared) -> bytes:
-    """A figure's first view as PNG; of layers the middle one."""
+    """A figure's first view as PNG; for layers the middle one."""
     names = list(one.first)
     chosen = names[len(names) // 2] if one.name == "layers" else names[0]
     panels = one.first[chosen]

@@ -23,7 +23,7 @@ MEASURES: tuple[tuple[str, str, Callable[[Iterable[float]], float]], ...] = (
     ("eval_ema_loss", msg("eval loss, EMA"), min),
     ("train_loss", msg("train loss, epoch mean"), min),
 )
-"""Column of `summary.csv`, name and unit, and which of its values is the best."""
+"""Column of `summary.csv`, name with unit, and the function that picks its best value."""
 LAST, BEST = msg("last epoch"), msg("best epoch")
 
 
@@ -32,28 +32,28 @@ class Score:
     """One measure of several runs."""
 
     label: str
-    """With its unit."""
+    """Its name with the unit."""
     when: str
-    """last epoch, or best epoch."""
+    """`LAST` or `BEST`."""
     values: list[float]
     """By run; NaN where a run has none."""
 
     @property
     def digits(self) -> int:
-        """Behind the point."""
+        """Digits after the decimal point."""
         return 2 if "%" in self.label else 4
 
     def text(self, value: float) -> str:
-        """A value as it is shown."""
+        """A value as shown."""
         return f"{value:.{self.digits}f}" if np.isfinite(value) else tr("not measured")
 
     def spread(self, of: Sequence[int] | None = None) -> str:
-        """`spread_of` of all runs, or those at the places `of`."""
+        """`spread_of` all runs, or those at the places `of`."""
         return spread_of([self.values[i] for i in (of if of is not None else range(len(self.values)))], self.text)
 
 
 def spread_of(values: Sequence[float], text: Callable[[float], str]) -> str:
-    """Mean ± standard deviation (n - 1) of what was measured; how many there are where that is not all."""
+    """Mean ± standard deviation (n - 1) of the finite values, and their number if some are missing."""
     finite = [value for value in values if np.isfinite(value)]
     if not finite:
         return tr("not measured")
@@ -66,7 +66,7 @@ def spread_of(values: Sequence[float], text: Callable[[float], str]) -> str:
 
 
 def scores_of(runs: Sequence[Mapping[str, np.ndarray]]) -> list[Score]:
-    """Last and best of every measure that one of the runs, each by columns of its `summary.csv`, has."""
+    """Last and best value of every measure that any run has; a run is given by the columns of its `summary.csv`."""
     found: list[Score] = []
     for name, label, better in MEASURES:
         columns = [one.get(name, np.empty(0)) for one in runs]
@@ -79,14 +79,14 @@ def scores_of(runs: Sequence[Mapping[str, np.ndarray]]) -> list[Score]:
 
 
 def read_scores(path: Path) -> Run:
-    """A run without what takes long to read: its options, the rows of its epochs and where it stands."""
+    """The parts of a run that are quick to read: its options, the rows of its epochs and its progress."""
     args, epochs = read_args(path / "args.yaml", []), read_summary(path / "summary.csv", [])
     empty: Columns = {}
     return Run(path, epochs, empty, args, {}, [], status=run_status(path, args, epochs, empty))
 
 
 def table_of_seeds(seeds: Sequence[int], paths: Sequence[Path]) -> list[str]:
-    """Lines: every measure by seed, with mean and standard deviation (n - 1); empty where nothing was measured."""
+    """Lines of a table: every measure by seed, with mean and standard deviation (n - 1); empty without measures."""
     scores = scores_of([read_scores(path).epochs for path in paths])
     rows = [["", "", *(f"seed {seed}" for seed in seeds), "mean ± sd"]]
     rows += [[one.label, one.when, *map(one.text, one.values), one.spread()] for one in scores]

@@ -1,1 +1,1 @@
-"""What `compress` has measured, as tables and pictures."""
+"""The measurements of `compress` as tables and pictures."""

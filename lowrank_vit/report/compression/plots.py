@@ -24,16 +24,16 @@ from lowrank_vit.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Told apart without colour, too: in grey print by their marks, and by the order of the lines.
+# Lines also differ without colour: by their marks, in grey print.
 _COLORS = {"svd": "#6b7a88", "asvd": "#3caea3", "fwsvd": "#c9a227", "svdllm": "#20639b", "kfac": "#d1603d"}
 _MARKS = {"svd": "s", "asvd": "^", "fwsvd": "v", "svdllm": "D", "kfac": "o"}
 _DASHES: dict[str, Any] = {"greedy": "-", "energy": (0, (5, 2)), "uniform": (0, (1.5, 1.5))}
 _LABELLED = 30
-"""Up to so many layers have their ranks written into the picture."""
+"""Up to so many layers have their ranks written in the picture."""
 
 
 def curve_plot(found: Compression) -> bytes:
-    """PNG bytes: top-1 and loss over the share of the model that is left, and the measured rise over the predicted."""
+    """PNG bytes: top-1 and loss over the share of the model that is left, and measured over predicted rises of loss."""
     figure = new_figure(13.2, 4.9)
     top1, loss, predicted = figure.subplots(1, 3)
     by = found.content.get("by", "params")
@@ -164,7 +164,5 @@ def spectra_plot(found: Compression) -> bytes | None:
         axes.grid(visible=True, color=GRID, linewidth=0.7)
     labels = ["svd (plain)" if method == "svd" else method for method in handles]
     figure.legend(handles.values(), labels, loc="outside lower center", ncols=len(labels), fontsize=8.5, frameon=False)
-    heading(
-        figure, "Spectra, plain and weighted", f"{found.subtitle}  ·  what is truncated is what a method's line shows"
-    )
+    heading(figure, "Spectra, plain and weighted", f"{found.subtitle}  ·  a method truncates the spectrum of its line")
     return png(figure)

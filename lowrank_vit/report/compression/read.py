@@ -1,4 +1,4 @@
-"""Reads `compression.json`, and makes tables of it: points, ranks, layers' sensitivities, predictions, latency."""
+"""Reads `compression.json` and makes its tables: points, ranks, sensitivities of layers, predictions, latency."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowrank_vit.common.errors import UserError
 from lowrank_vit.report.language import msg, tr
 
 NAME = "compression.json"
-_SEQUENTIAL = msg(" Losses are predicted for these ranks without --sequential, so for other factors than were scored.")
+_SEQUENTIAL = msg(" Losses are predicted for these ranks without --sequential, so for other factors than those scored.")
 _KEYS = ("original", "points", "source")
 _POINT = ("method", "allocation", "budget", "params", "flops", "top1", "loss", "ranks")
 
@@ -27,12 +27,12 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     note: str = ""
-    """What is to be known of it, above it."""
+    """An explanation above the table."""
 
 
 @dataclass(frozen=True)
 class Compression:
-    """The content of a `compression.json`, whose points have all that is needed of them."""
+    """The content of a `compression.json` whose points have all necessary keys."""
 
     path: Path
     """The file."""
@@ -45,12 +45,12 @@ class Compression:
 
     @property
     def points(self) -> list[dict[str, Any]]:
-        """As they were measured."""
+        """The measured points, in the order of the file."""
         return self.content["points"]
 
     @property
     def methods(self) -> list[str]:
-        """Method and, where there are several allocations, allocation: the lines of a picture, in the points' order."""
+        """The lines of a picture, in the points' order: by method and, if there are several, by allocation."""
         return list(dict.fromkeys(map(self.line_of, self.points)))
 
     def line_of(self, point: dict[str, Any]) -> str:
@@ -60,18 +60,18 @@ class Compression:
 
     @property
     def full_ranks(self) -> dict[str, int]:
-        """The rank that each target has as it is; where its rows are in parts, that of a part."""
+        """The full rank of each target; for a target whose rows are in parts, that of one part."""
         parts = self.content.get("parts", {})
         return {name: min(R // parts.get(name, 1), C) for name, (R, C) in self.content.get("shapes", {}).items()}
 
     @property
     def is_sequential(self) -> bool:
-        """Whether there are points whose moments were taken behind compressed layers, which no prediction is of."""
+        """Whether some points' moments were taken after compressed layers, which predictions do not describe."""
         return any(point.get("sequential") for point in self.points)
 
     @property
     def subtitle(self) -> str:
-        """Model, weights and how many samples were scored."""
+        """Model, weights and number of scored samples."""
         source = self.content["source"]
         words = [
             str(source.get("model", "")),
@@ -81,26 +81,26 @@ class Compression:
 
 
 def find_compression(path: Path) -> Path | None:
-    """The file that a path means: itself, or one of that name in a folder; None if it is neither."""
+    """The `compression.json` that a path is, or that its folder holds; None if there is none."""
     if path.is_file() and path.name == NAME:
         return path
     return path / NAME if (path / NAME).is_file() else None
 
 
 def read_compression(path: Path) -> Compression:
-    """Read what `lowrank_vit.compress --out` wrote. Raises `UserError` for what is damaged or something else."""
+    """Read the file that `lowrank_vit.compress --out` wrote. Raises `UserError` if it is damaged or another file."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}. Run `python -m lowrank_vit.compress` again.") from error
     is_whole = isinstance(content, dict) and all(key in content for key in _KEYS)
     if not is_whole or any(key not in point for point in content["points"] for key in _POINT):
-        raise UserError(f"{path} is none of `python -m lowrank_vit.compress`: it lacks a part. Run that again.")
+        raise UserError(f"{path} is not complete as a file of `python -m lowrank_vit.compress`. Run that again.")
     return Compression(path, content)
 
 
 def headline(found: Compression) -> list[tuple[str, str]]:
-    """The few figures a reader looks for first, as (label, value)."""
+    """The few numbers that a reader looks for first, as (label, value)."""
     original = found.original
     figures = [(tr("original top-1"), f"{original['top1']:.2f} %"), (tr("its loss"), _number(original["loss"]))]
     figures.append((tr("parameters"), f"{original['params']:,}"))
@@ -111,7 +111,7 @@ def headline(found: Compression) -> list[tuple[str, str]]:
 
 
 def smallest_within(found: Compression, points: float) -> dict[str, Any] | None:
-    """The smallest model that is at most so many points of top-1 below the original."""
+    """The smallest model that is at most so many percentage points of top-1 below the original; None without one."""
     near = [one for one in found.points if one["top1"] >= found.original["top1"] - points]
     return min(near, key=lambda one: one["params"], default=None)
 
@@ -142,18 +142,19 @@ def _points(found: Compression) -> Table:
     columns = ["", tr("budget"), tr("params"), "FLOPs", "top-1", tr("against the original"), tr("loss"),
                tr("against it"), tr("predicted")]  # fmt: skip
     note = tr(
-        "± is one standard error of the differences sample by sample: chance in which samples there are, not how "
-        "another training would come out."
+        "± is one standard error of the differences sample by sample: it reflects the choice of samples, not what "
+        "another training would give."
     )
     note += tr(_SEQUENTIAL) if found.is_sequential else ""
     return Table(tr("Points"), columns, rows, note)
 
 
 def prediction_quality(found: Compression) -> dict[str, tuple[int, float, float, float, float]]:
-    """By method, of the points whose loss rises measurably, how good the prediction was.
+    """How good the prediction was, by method, over the points whose loss rises measurably.
 
-    How many they are; median, least and greatest of measured over predicted rise; and the correlation of the logarithms
-    of both, NaN below three points.
+    Returns:
+        Their number; median, least and greatest ratio of measured to predicted rise; and the correlation of the
+        logarithms of both, NaN below three points.
     """
     quality: dict[str, tuple[int, float, float, float, float]] = {}
     for method in dict.fromkeys(point["method"] for point in found.points):
@@ -169,7 +170,7 @@ def prediction_quality(found: Compression) -> dict[str, tuple[int, float, float,
 
 
 def rises(found: Compression, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """Measured and predicted rise of the loss, nats, of a method's points where it is above two standard errors."""
+    """Measured and predicted rise of the loss, in nats, of a method's points where it is above two standard errors."""
     original = found.original["loss"]
     kept = [
         (point["loss_difference"], point["predicted_loss"] - original)
@@ -191,7 +192,7 @@ def _prediction(found: Compression) -> Table:
     columns = ["", tr("points"), tr("measured / predicted, median"), tr("least to greatest"),
                tr("correlation of the logarithms")]  # fmt: skip
     constant = found.content.get("constant") or {}
-    note = tr("Of points whose loss rises by more than two standard errors.")
+    note = tr("Over the points whose loss rises by more than two standard errors.")
     if constant.get("value"):
         note += tr(
             " The prediction is c/2 Σ tr(G ΔW S ΔWᵀ) with c = {value:.3g}, measured on the calibration images with "
@@ -201,7 +202,7 @@ def _prediction(found: Compression) -> Table:
     if found.is_sequential:
         note += tr(_SEQUENTIAL)
     if not constant.get("is_clear", True):
-        note += tr(" There no rise was told from chance, so that c is left out.")
+        note += tr(" No rise could be told from chance there, so c is left out.")
     return Table(tr("How good the predicted loss was"), columns, rows, note)
 
 
@@ -216,7 +217,7 @@ def _ranks(found: Compression) -> Table:
     columns = ["", tr("full"), *(f"{point['budget']:g}" for point in wanted)]
     title = tr("Ranks by layer and budget, {which}", which=found.line_of(wanted[-1]) if wanted else "")
     note = (
-        tr("Where the rows are in parts, ranks are those of each part.") if max(parts.values(), default=1) > 1 else ""
+        tr("For layers whose rows are in parts, ranks are of each part.") if max(parts.values(), default=1) > 1 else ""
     )
     return Table(title, columns, rows, note)
 
@@ -232,12 +233,9 @@ def _sensitivities(found: Compression) -> Table:
         cells.setdefault(one["layer"], {})[one["share"]] = text
     shares = sorted({share for of_layer in cells.values() for share in of_layer}, reverse=True)
     rows = [[name, *(of_layer.get(share, "") for share in shares)] for name, of_layer in cells.items()]
-    note = tr("Rank, and the rise of the loss (nats) that the layer alone causes at it: predicted.")
+    note = tr("Rank, and the predicted rise of the loss (nats) if this layer alone has it.")
     if measured:
-        note = tr(
-            "Rank, and the rise of the loss (nats) that the layer alone causes at it: predicted (and, in brackets, "
-            "measured)."
-        )
+        note = tr("Rank, and the predicted (in brackets: measured) rise of the loss (nats) if this layer alone has it.")
     columns = ["", *(tr("{n:g} % of it kept", n=100 * share) for share in shares)]
     return Table(tr("Sensitivities of the layers, {method}", method=held.get("method", "")), columns, rows, note)
 
@@ -255,7 +253,7 @@ def _latency(found: Compression) -> Table:
         rows.append([name, one["device"], str(one["images"]), f"{one['ms']:.3g}", spread, share])
     columns = ["", tr("device"), tr("images"), "ms", tr("of the original's time"), tr("of its FLOPs")]
     note = tr(
-        "Forward passes in float32, not compiled, in turns with the original's: medians, and quartiles in brackets."
+        "Forward passes in float32, not compiled, alternating with the original's: medians, quartiles in brackets."
     )
     return Table(tr("Latency"), columns, rows, note)
 
@@ -274,13 +272,13 @@ def _layers(found: Compression) -> Table:
         tr("tokens"),
         tr("fewer FLOPs up to rank"),
         tr("faster up to rank"),
-        tr("time of the whole layer's, by rank"),
+        tr("share of the whole layer's time, by rank"),
     ]
     return Table(tr("Up to which rank a layer is faster"), columns, rows)
 
 
 def faster_in_words(rank: int | None) -> str:
-    """The rank, or that no rank was."""
+    """The rank as text, or that none was tried."""
     return tr("none tried") if rank is None else str(rank)
 
 

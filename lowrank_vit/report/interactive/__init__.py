@@ -1,1 +1,1 @@
-"""What the page draws in a browser: its data, embedded compressed, the script, and the library that draws."""
+"""The figures that the page draws in a browser: their data, embedded and compressed, the script, and the library."""

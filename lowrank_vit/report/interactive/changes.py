@@ -1,4 +1,4 @@
-"""How a number of one type of matrices changed, in words of which each holds for each block that it names.
+"""How a metric of one type of matrices changed, in words; each statement holds for every block that it names.
 
 Shape legend: N matrices of the type, in model order.
 """
@@ -14,27 +14,27 @@ from lowrank_vit.report.language import msg, tr
 from lowrank_vit.spectral.select import module_depth
 
 STILL = 0.05
-"""A smaller change than by this share is none."""
+"""A smaller relative change counts as none."""
 _LEAST = math.log1p(STILL)
 _APART = 1.3
-"""The greatest change of some blocks is told by itself where it is so many times the least, and more."""
+"""The blocks with the greatest change are named separately if it is more than so many times the least."""
 
 
 def change_in_words(
     names: list[str], first_N: np.ndarray, last_N: np.ndarray, *, is_all: bool = True
 ) -> tuple[str, float]:
-    """What grew, fell or stayed, the greatest change first, and its weight.
+    """Which blocks grew, fell or stayed, the greatest change first, and its weight.
 
     Args:
         names: the matrices.
-        first_N: their numbers before, above 0.
-        last_N: their numbers after, above 0.
+        first_N: their values before, above 0.
+        last_N: their values after, above 0.
         is_all: whether the type has no others.
 
     Returns:
-        The words, which go on after "σ₁ of attn.proj"; empty where no matrix changed. Factors and means are those of
-        the blocks that are named with them, to three digits. The weight is the mean of the logarithm's size over the
-        quarter of the matrices that changed most.
+        The words, which follow "σ₁ of attn.proj"; empty where no matrix changed. Factors and means are of the blocks
+        named with them, to three digits. The weight is the mean absolute logarithm of the factor over the quarter of
+        the matrices that changed most.
     """
     change_N = np.log(last_N / first_N)
     size_N = np.abs(change_N)
@@ -66,7 +66,7 @@ def change_in_words(
 
 
 def _standing_out(size_N: np.ndarray) -> np.ndarray:
-    """Places of those, at most half, that changed more than all others; none where all changed alike."""
+    """Places of the matrices, at most half, that changed more than all others; empty where all changed alike."""
     half, most = len(size_N) // 2, float(size_N.max())
     if len(size_N) < 3 or most < _APART * float(size_N.min()) + _LEAST:
         return np.empty(0, int)

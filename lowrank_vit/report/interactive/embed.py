@@ -1,4 +1,4 @@
-"""All that the interactive page of a run, an analysis or a compression carries: data, library, each as text."""
+"""The contents of the interactive page of a run, an analysis or a compression: data and library, as text."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lowrank_vit.report.switching.read import Switching
 from lowrank_vit.spectral.select import module_type
 
 DATA_AT_MOST = 2_900_000
-"""Characters of data in a page; with the library's 700,000 and the pictures it stays below 6 MB."""
+"""Characters of data in a page; with the library's 700,000 and the pictures the page stays below 6 MB."""
 PICTURES_AT_MOST = 2_000_000
-"""Characters of pictures in a page. The files beside it are as they are."""
+"""Characters of pictures in a page. The PNG files beside it are not reduced."""
 
 
 def embedded(
     run: Run | None, switching: Switching | None = None, compression: Compression | None = None
 ) -> tuple[dict[str, str], list[str]]:
-    """What stands in the page by name, and notes on what of the data it does not hold."""
+    """The texts to embed in the page by name, and notes on data that it leaves out."""
     share = 1.0
     while True:
         texts, notes = _embedded(run, switching, compression, share)
@@ -67,7 +67,7 @@ def _embedded(
 
 
 def _tables(run: Run, pack: Packer) -> dict[str, dict[str, Any]]:
-    """The columns of `report --export` that no figure holds, by table; of long ones evenly spaced rows."""
+    """The columns of `report --export` that no figure holds, by table; long ones have evenly spaced rows."""
     found: dict[str, dict[str, Any]] = {}
     for name, columns in (("epochs", run.epochs), ("train", run.train), ("flows", run.flows)):
         rows = len(columns.get("update", ()))
@@ -81,7 +81,7 @@ def _tables(run: Run, pack: Packer) -> dict[str, dict[str, Any]]:
 
 
 def embedded_pictures(pictures: Mapping[str, bytes]) -> dict[str, str]:
-    """PNGs in base64; where all together are too large, with fewer colours and then smaller."""
+    """PNGs in base64; if all together are too large, with fewer colours and then smaller."""
     encoded = {caption: _text(png) for caption, png in pictures.items()}
     scale = 1.0
     while sum(map(len, encoded.values())) > PICTURES_AT_MOST and scale > 0.1:

@@ -1,8 +1,8 @@
-"""Figures that come ready: of training, flows, circuits, vectors, low-rank switches and compressions.
+"""The figures of training, flows, circuits, vectors, low-rank switches and compressions.
 
 A figure is a dictionary that `js/charts.js` draws: id, title, note, and `views`, name to a list of panels. With more
-than one view the reader chooses. A panel has a title, labels `x` and `y`, and `series` or one `heat` map. Series of
-several runs go into one panel as well as those of one.
+than one view the reader chooses. A panel has a title, labels `x` and `y`, and `series` or one `heat` map. A panel can
+hold the series of several runs.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from lowrank_vit.spectral.measures.circuits import chance_stable_rank
 from lowrank_vit.spectral.measures.metrics import stable_rank
 
 POINTS = 3_000
-"""Of a curve; longer ones keep evenly spaced points."""
+"""Most points of a curve; longer ones keep evenly spaced points."""
 SQUARES = 24
-"""Blocks whose maps of heads or vectors are embedded."""
+"""Most blocks whose maps of heads or vectors are embedded."""
 
 
 _OF_REGULARISERS = (
     ("nuclear_norm", msg("Nuclear norm of the regularised matrices"), msg("Σ σ, sum of the matrices")),
     ("stable_rank", msg("Stable rank of the regularised matrices"), msg("Σ σ² / σ₁², mean of the matrices")),
     ("stable_rank_error", msg("Worst certificate of their σ₁"), msg("share of σ₁")),
-    ("stable_rank_left_out", msg("Gradients of it that were none"), msg("count so far")),
+    ("stable_rank_left_out", msg("Its gradients that could not be computed"), msg("count so far")),
     ("clipped_values", msg("Clipped singular values"), msg("count")),
 )
-"""Column of the train lines, title and unit: how far a penalty or a bound has come."""
+"""Column of the train lines, title and unit: the progress of a penalty or a bound."""
 
 
 def series_of(name: str, x: Any, y: np.ndarray, pack: Packer, **look: Any) -> dict[str, Any] | None:
@@ -51,7 +51,7 @@ def series_of(name: str, x: Any, y: np.ndarray, pack: Packer, **look: Any) -> di
 
 
 def panel(title: str, x: str, y: str, series: Sequence[dict[str, Any] | None], **more: Any) -> dict[str, Any] | None:
-    """A panel of those that are there; None without any."""
+    """A panel of the series that are not None; None without any."""
     there = [one for one in series if one]
     return {"title": title, "x": x, "y": y, "series": there, **more} if there else None
 
@@ -59,7 +59,7 @@ def panel(title: str, x: str, y: str, series: Sequence[dict[str, Any] | None], *
 def figure(
     identity: str, title: str, note: str, views: Mapping[str, Sequence[Any]], **more: Any
 ) -> dict[str, Any] | None:
-    """A figure of the views that have a panel; None without any."""
+    """A figure of the views that have panels; None without any."""
     there = {name: [one for one in panels if one] for name, panels in views.items()}
     there = {name: panels for name, panels in there.items() if panels}
     return {"id": identity, "title": title, "note": note, "views": there, **more} if there else None
@@ -69,7 +69,7 @@ def training_figure(run: Run, pack: Packer, notes: list[str]) -> dict[str, Any] 
     """Loss, accuracy, learning rate, throughput and waiting over the updates."""
     train, epochs = run.train, run.epochs
     if len(train.get("update", ())) > POINTS:
-        text = msg("Of the log's {all:,} lines this page holds {n:,}, evenly spaced.")
+        text = msg("This page holds {n:,} of the log's {all:,} lines, evenly spaced.")
         notes.append(tr(text, all=len(train["update"]), n=POINTS))
 
     def line(columns: Columns, name: str, label: str, color: str, scale: float = 1.0, **look: Any) -> Any:
@@ -139,10 +139,10 @@ def flows_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
                 ])
             )  # fmt: skip
     images = run.flows.get("spec/flow/images", np.array([np.nan]))[-1]
-    note = tr("Of {n:,.0f} images of the validation set.", n=images) if np.isfinite(images) else ""
+    note = tr("From {n:,.0f} images of the validation set.", n=images) if np.isfinite(images) else ""
     return figure(
         "flows",
-        tr("What flows through the blocks"),
+        tr("Tokens and attention of the blocks"),
         note,
         {tr("newest, by depth"): by_depth, tr("over the validations"): over_time},
     )
@@ -152,7 +152,7 @@ def circuits_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
     """Ranks of each head's QK and OV by depth, and which heads read what heads of the block before wrote."""
     found = {key.rpartition("/")[2]: one for key, one in run.circuits.blocks.items() if key.startswith("spec/")}
     ranks: list[Any] = []
-    for field, title in (("qk_HK", tr("QK: what is compared")), ("ov_HK", tr("OV: what is written"))):
+    for field, title in (("qk_HK", tr("QK: queries and keys")), ("ov_HK", tr("OV: values and output"))):
         heads = [[stable_rank(s) for s in getattr(one, field)] for one in found.values()]
         x = np.array([block for block, of in enumerate(heads) for _ in of], int)
         chance = [chance_stable_rank(one.width, getattr(one, field).shape[1]) for one in found.values()]
@@ -208,12 +208,12 @@ def vectors_figure(run: Run, pack: Packer) -> dict[str, Any] | None:
             )
     return figure(
         "vectors", tr("Singular vectors then and now"),
-        tr("The top vectors, the largest value's first. A bright diagonal: each is still itself."), views,
+        tr("The top vectors, largest value first. A bright diagonal: the vectors have not changed."), views,
     )  # fmt: skip
 
 
 def switching_figure(switching: Switching, run: Run, pack: Packer) -> dict[str, Any] | None:
-    """Rank of every layer over the updates, and what refreshes said of it."""
+    """Rank of every layer over the updates, and the evidence of the refreshes."""
     looks, switches = switching.looks, switching.switches
     steps = np.array([0, *(one.update for one in switches), run.status.updates if run.status else 0], int)
     steps[-1] = max(steps)
@@ -231,8 +231,8 @@ def switching_figure(switching: Switching, run: Run, pack: Packer) -> dict[str, 
     at = np.array([look.update for look in looks], int)
     titles = (
         ("energy", "energy_of_chance", tr("Energy in earlier directions")),
-        ("cosine", "chance", tr("Cosine with them")),
-        ("above_noise", "", tr("Above noise of the same entries")),
+        ("cosine", "chance", tr("Cosine with earlier directions")),
+        ("above_noise", "", tr("Share above noise of the same entries")),
     )
     for key, chance, title in titles:
         lines: list[Any] = []
@@ -244,7 +244,7 @@ def switching_figure(switching: Switching, run: Run, pack: Packer) -> dict[str, 
                 lines.append(series_of(tr("chance, {type}", type=kind), at, level, pack, look=kind, **thin))
         marked = [one.update for one in switches]
         evidence.append(panel(title, tr("update"), tr("share, 0-1"), lines, lines=marked))
-    title = tr("Rank that layers would have (dry run)") if switching.is_dry else tr("Rank that layers have")
+    title = tr("Ranks of the layers in a dry run") if switching.is_dry else tr("Ranks of the layers")
     rank_panel = panel(title, tr("update"), tr("rank"), ranks, height=420)
     return figure(
         "lowrank", tr("Layers in factors"), tr("Dashed upright lines: switches."),
@@ -262,7 +262,7 @@ _METHODS = {
 
 
 def compression_figure(found: Compression, pack: Packer) -> dict[str, Any] | None:
-    """Top-1 and loss over the share that is left, the rises that were predicted, and ranks by layer."""
+    """Top-1 and loss over the share that is left, measured over predicted rises of the loss, and ranks by layer."""
     by = found.content.get("by", "params")
     left = tr("parameters left, share of the model") if by == "params" else tr("FLOPs left, share of the model")
     panels: dict[str, list[Any]] = {"top1": [], "loss": []}
@@ -325,5 +325,5 @@ def compression_figure(found: Compression, pack: Packer) -> dict[str, Any] | Non
 
 
 def _share(place: int, count: int) -> float:
-    """0 for the first of so many, 1 for the last: the page has a scale of colours."""
+    """A position on the page's scale of colours: 0 for the first of `count`, 1 for the last."""
     return place / max(count - 1, 1)

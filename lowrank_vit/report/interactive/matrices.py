@@ -1,4 +1,4 @@
-"""Numbers and spectra of every matrix, over the refreshes, as a page embeds them: bounded, with a note of what is not.
+"""Metrics and spectra of every matrix over the refreshes, as a page embeds them: bounded, with notes on omissions.
 
 Shape legend: T refreshes, N matrices, K singular values of a matrix.
 """
@@ -38,7 +38,7 @@ LABELS = {
     "block_cos0_v_overlap": (msg("overlap with the first refresh, right vectors"), msg("0: chance, 1: the same")),
     "block_ema_cos_u_overlap": (msg("overlap of model and EMA, left vectors"), msg("0: chance, 1: the same")),
     "block_ema_cos_v_overlap": (msg("overlap of model and EMA, right vectors"), msg("0: chance, 1: the same")),
-    "block_energy": (msg("energy that the block before still holds"), "0-1"),
+    "block_energy": (msg("energy that the earlier block still holds"), "0-1"),
     "turn_bound": (msg("bound on the block's turn"), msg("sine, above 1: none")),
     "update_normF": (msg("‖W − W′‖ since the refresh before"), msg("Frobenius")),
     "rank90": (msg("directions of 90 % of ‖W‖²"), msg("count")),
@@ -46,25 +46,25 @@ LABELS = {
     "rank99": (msg("directions of 99 % of ‖W‖²"), msg("count")),
     "delta_sv_rel": (msg("change of the top values, mean"), "Δσ / σ"),
 }
-"""What is said of a number in place of its name in the log, and its unit or what it is."""
+"""Label of a metric in place of its name in the log, and its unit or definition."""
 FIRST = ("sigma_max", "stable_rank", "effective_rank", "alpha", "mp_outliers", "block_cos0_u_overlap", "cos0_u_mean")
-"""Columns of the table before all are asked for."""
+"""Columns of the table until the reader asks for all."""
 SCALARS_AT_MOST, VALUES_AT_MOST = 420_000, 420_000
-"""Embedded numbers: of matrices over time, and of spectra."""
+"""Most embedded numbers: of matrices over time, and of spectra."""
 LEAST_TIMES = 6
 INDICES = 48
-"""Lines of a matrix's singular values: the first ones, then ever wider apart."""
+"""Lines of a matrix's singular values: the first ones, then ever wider spaced ones."""
 BINS = 48
 
 
 def matrices(run: Run, pack: Packer, notes: list[str], share: float = 1.0) -> dict[str, Any] | None:
-    """All that the page's figures of matrices need; None where the run knows nothing of any.
+    """The data of the page's figures of matrices; None if the run has none.
 
     Args:
-        run: what was read.
-        pack: takes the arrays.
-        notes: gets a line for what was left out.
-        share: of the bounds, for a page that came out too large.
+        run: the run.
+        pack: packs the arrays.
+        notes: gets lines about what is left out.
+        share: reduces the bounds by this factor, for a page that became too large.
     """
     numbers = _numbers(run)
     if not numbers.names:
@@ -75,15 +75,15 @@ def matrices(run: Run, pack: Packer, notes: list[str], share: float = 1.0) -> di
     if len(at) < len(numbers.updates):
         notes.append(
             tr(
-                "Of the numbers of matrices this page holds {n} of {all} refreshes, evenly spaced.",
+                "The numbers of matrices on this page are from {n} of {all} refreshes, evenly spaced.",
                 n=len(at),
                 all=len(numbers.updates),
             )
         )
     if run.moment is None and run.scalars:
         text = msg(
-            "Of what was logged of the spectra this page holds {n} numbers of each matrix; means by type and by depth, "
-            "and other numbers, are left out."
+            "This page holds {n} of the logged numbers of each matrix; other numbers, and means by type and by depth, "
+            "are left out."
         )
         notes.append(tr(text, n=len({metric for of in numbers.values.values() for metric in of})))
     keys = sorted({metric for of in numbers.values.values() for metric in of}, key=_place)
@@ -99,7 +99,7 @@ def matrices(run: Run, pack: Packer, notes: list[str], share: float = 1.0) -> di
         "values": {kind: {metric: pack(of[:, at]) for metric, of in numbers.values[kind].items()} for kind in kinds},
         "spectra": spectra,
         "spectraNote": tr(
-            "Up to {n} of a matrix's values: the first ones, then ever wider apart. σ₁ is violet, the last one yellow.",
+            "Up to {n} values of a matrix: the first ones, then ever wider spaced ones. σ₁ is violet, the last yellow.",
             n=INDICES,
         ),
         "bulk": _bulk(run, numbers.names, pack),
@@ -108,7 +108,7 @@ def matrices(run: Run, pack: Packer, notes: list[str], share: float = 1.0) -> di
 
 
 def _numbers(run: Run) -> Numbers:
-    """What was logged of each matrix, with the ranks and first values of stored spectra where nothing was logged."""
+    """The logged numbers of each matrix; if nothing was logged, ranks and first values of the stored spectra."""
     found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     updates = run.scalars.get("update", np.empty(0)).astype(np.int64)
     for key, values_T in run.scalars.items():
@@ -146,7 +146,7 @@ def _of_length(values: np.ndarray | None, times: int) -> np.ndarray:
 
 
 def _label(metric: str) -> dict[str, str]:
-    """What is said of it, and its unit; its name in the log without."""
+    """The label and the unit of a metric; without a label its name in the log."""
     name, unit = LABELS.get(metric, (metric, ""))
     return {"label": tr(name), "unit": tr(unit) if unit else ""}
 
@@ -162,7 +162,7 @@ def _group(metric: str) -> str:
 
 
 def _chance(metric: str) -> str | None:
-    """The metric that a cosine's chance value is logged as; "0" where it is 0; None where there is none."""
+    """The metric of a cosine's chance value; "0" where it is 0; None where there is none."""
     if metric.endswith("_overlap"):
         return "0"
     if _group(metric) == "cosine" and "cos" in metric:
@@ -174,12 +174,12 @@ def _chance(metric: str) -> str | None:
 
 
 def _thinned(count: int, most: int) -> np.ndarray:
-    """So many places at most of so many, evenly spaced, with both ends."""
+    """At most `most` of `count` places, evenly spaced, with both ends."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)) if count else np.empty(0, int)
 
 
 def _spectra(run: Run, names: list[str], pack: Packer, most: int) -> tuple[dict[str, Any], list[str]]:
-    """By kind: updates, and by place of the matrix in `names` which values are there and (T, of them)."""
+    """By kind: the updates, and by place of the matrix in `names` the indices held and their values (T, indices)."""
     found = {kind: series(run, kind, whole=False) for kind in KINDS}
     found = {kind: one for kind, one in found.items() if one[1]}
     matrices_ = sum(len(modules) for _, modules in found.values())
@@ -197,7 +197,7 @@ def _spectra(run: Run, names: list[str], pack: Packer, most: int) -> tuple[dict[
         if len(at) < len(updates_T):
             notes.append(
                 tr(
-                    "Of {kind} spectra this page holds {n} of {all} refreshes, evenly spaced.",
+                    "The {kind} spectra on this page are from {n} of {all} refreshes, evenly spaced.",
                     kind=tr(KINDS[kind]),
                     n=len(at),
                     all=len(updates_T),
@@ -212,13 +212,13 @@ def _spectra(run: Run, names: list[str], pack: Packer, most: int) -> tuple[dict[
         if held:
             content[kind] = {"updates": updates_T[at], "matrices": held}
     if is_thinned:
-        text = msg("Of each matrix's singular values this page holds up to {n}: the first ones, then ever wider apart.")
+        text = msg("This page holds up to {n} singular values of each matrix: the first ones, then ever wider spaced.")
         notes.append(tr(text, n=indices))
     return content, notes
 
 
 def _bulk(run: Run, names: list[str], pack: Packer) -> dict[str, Any]:
-    """By a key of its own: histogram of the newest whole spectrum, the law's density, edge, and both fits in words."""
+    """By matrix: histogram of the newest whole spectrum, the law's density, the edge, and both fits in words."""
     content: dict[str, Any] = {}
     for kind, label in KINDS.items():
         _, modules = series(run, kind)

@@ -1,6 +1,6 @@
-"""What happened in a run, in sentences: each computed, with the numbers that it rests on.
+"""What happened in a run, in computed sentences with the numbers behind them.
 
-Changes of the spectra come first, the greatest one before the others; then what became of the training.
+Changes of the spectra come first, the greatest before the others; then the result of the training.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lowrank_vit.spectral.select import module_type
 
 COUNT = 3
 _LEAST = math.log1p(STILL)
-"""A smaller weight is no news."""
+"""A smaller weight is not worth a sentence."""
 _SWITCHED = 100.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence, and how much it weighs against others: the logarithm of a factor."""
+    """A sentence and its weight, which is the logarithm of a factor."""
 
     text: str
     weight: float
@@ -35,7 +35,7 @@ class Finding:
 
 
 def sentences(run: Run, switching: Switching | None = None) -> list[str]:
-    """At most three, the weightiest first; fewer where the run has too little to tell."""
+    """At most three sentences, the weightiest first; fewer if the run has too little to tell."""
     spectral = sorted([*_of_spectra(run), *(_of_switches(switching) if switching else ())], key=lambda one: -one.weight)
     training = _of_training(run)
     urgent = [one for one in training if one.weight == math.inf]
@@ -65,7 +65,7 @@ def _of_spectra(run: Run) -> list[Finding]:
         found.append(Finding(text, math.inf, "not finite"))
     if len(updates_T) < 2:
         return found
-    # The stable rank moves by the square of what sigma_1 moves by.
+    # The stable rank changes by the square of the factor of sigma_1.
     measures = (
         ("σ₁", _sigma_max, 1.0),
         (tr("stable rank"), stable_rank, 0.5),
@@ -86,7 +86,7 @@ def _of_spectra(run: Run) -> list[Finding]:
 
 
 def _of_switches(switching: Switching) -> list[Finding]:
-    """That layers were put in factors, which outweighs what it does to their spectra."""
+    """The sentence that layers were put in factors, which outweighs the change of their spectra."""
     done = [one for one in switching.switches if not one.is_dry]
     if not done:
         return []
@@ -101,9 +101,9 @@ def _of_training(run: Run) -> list[Finding]:
     losses, updates = run.train.get("loss", np.empty(0)), run.train.get("update", np.empty(0))
     if losses.size and not np.isfinite(losses[-1]):
         finite = np.flatnonzero(np.isfinite(losses))
-        text = tr("The training loss is not finite: none was.")
+        text = tr("The training loss was never finite.")
         if finite.size:
-            form = msg("The training loss is not finite: the last finite one, {loss:.3g}, is of update {n:,.0f}.")
+            form = msg("The training loss is not finite; the last finite one is {loss:.3g} at update {n:,.0f}.")
             text = tr(form, loss=losses[finite[-1]], n=updates[finite[-1]])
         found.append(Finding(text, math.inf, "loss"))
     parts = _of_accuracy(run)
@@ -123,7 +123,7 @@ def _of_training(run: Run) -> list[Finding]:
 
 
 def _of_accuracy(run: Run) -> list[str]:
-    """First, last and best top-1 of the model, and of its EMA where that was scored."""
+    """First, last and best top-1 of the model, and of its EMA if that was scored."""
     columns = {name: run.epochs.get(name, np.empty(0)) for name in ("eval_top1", "eval_ema_top1")}
     columns = {name: values for name, values in columns.items() if np.isfinite(values).any()}
     names = {"eval_top1": msg("Top-1 of the model"), "eval_ema_top1": msg("top-1 of the EMA")}

@@ -1,4 +1,4 @@
-"""The table by matrix: newest numbers, how they changed, and which of them should not be trusted, and why.
+"""The table by matrix: newest numbers, their changes, and which of them should not be trusted, with the reason.
 
 The reasons are those of `docs/spectra.md`, "when not to trust it". Shape legend: N matrices, T refreshes.
 """
@@ -16,18 +16,18 @@ from lowrank_vit.report.language import tr
 
 FIT_KS, BULK_KS, LEAST_TAIL, NO_GAP, LOOSE = 0.1, 0.05, 20, 0.01, 1e-6
 _RATIOS = frozenset("sigma_max stable_rank effective_rank nuclear_norm update_normF mp_edge condition".split())
-"""Whose change is told as a factor, not as a difference."""
+"""Metrics whose change is given as a factor, not as a difference."""
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What is known of each matrix over the refreshes."""
+    """The metrics of each matrix over the refreshes."""
 
     names: list[str]
     updates: np.ndarray
     """(T,) int64."""
     values: dict[str, dict[str, np.ndarray]]
-    """By kind, "spec" or "spec_ema", and metric: (N, T) float64, NaN where it is not known."""
+    """By kind, "spec" or "spec_ema", and metric: (N, T) float64, NaN where not known."""
     shapes: dict[str, tuple[int, int]]
 
     def newest(self, kind: str, metric: str) -> np.ndarray:
@@ -44,7 +44,7 @@ def matrix_table(
     first: Sequence[str],
     pack: Packer,
 ) -> dict[str, Any]:
-    """Rows are pairs of a matrix and a kind; `doubts` are by part and "row,column", places in `reasons`."""
+    """The table's data. Rows are pairs of a matrix and a kind; `doubts` maps part and "row,column" to `reasons`."""
     rows: list[list[int]] = []
     parts: dict[str, list[np.ndarray]] = {"newest": [], "change": []}
     doubts: dict[str, dict[str, list[int]]] = {"newest": {}, "change": {}}
@@ -96,7 +96,7 @@ def _doubts(numbers: Numbers, kind: str, metric: str, change_N: np.ndarray) -> l
     updates, last, first = numbers.updates, _last(values_NT), _first(values_NT)
     known = np.asarray(np.isfinite(values_NT).any(axis=1))
     begins_with_nan = metric.startswith(("cos", "block_cos", "delta", "update", "turn", "block_energy", "dw"))
-    mark(np.logical_not(known), tr("It is not finite at any refresh that this page has."))
+    mark(np.logical_not(known), tr("It is not finite at any refresh on this page."))
     for at in set(last[known & (last < len(updates) - 1)].tolist()):
         mark(
             known & (last == at),
@@ -126,7 +126,7 @@ def _doubts(numbers: Numbers, kind: str, metric: str, change_N: np.ndarray) -> l
         mark(
             (of["block_gap"] < NO_GAP) & ~(of["turn_bound"] < 1),
             tr(
-                "The block is not well defined: the gap behind it is below {n:g}, its turn not bounded below 1.",
+                "The block is not well defined: the gap after it is below {n:g}, and its turn has no bound below 1.",
                 n=NO_GAP,
             ),
         )
@@ -138,7 +138,7 @@ def _doubts(numbers: Numbers, kind: str, metric: str, change_N: np.ndarray) -> l
         mark(of["certificate_max"] > LOOSE, text)
     if metric == "condition":
         square = np.array([len(set(numbers.shapes.get(name, (0, 1)))) == 1 for name in numbers.names])
-        mark(square & known, tr("Of a square matrix the condition is random at the start, and says nothing."))
+        mark(square & known, tr("The condition number of a square matrix is random at the start and says nothing."))
     return found
 
 

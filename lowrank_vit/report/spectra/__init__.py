@@ -1,1 +1,1 @@
-"""Pictures of what a run, or an analysis, knows of spectra."""
+"""Pictures of the spectra of a run or an analysis."""

@@ -1,4 +1,4 @@
-"""Picture of the circuits of heads, `circuits.png`: their ranks by depth, and who reads what the block before wrote."""
+"""Picture of the circuits of heads, `circuits.png`: ranks by depth, and composition with heads of the block before."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 _CHANCE: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (3, 2)), "zorder": 1}
 _OF = {"raw": ", without the weights of norms", "folded": ", the weights of norms and LayerScale folded in"}
 _MOST_PAIRS = 11
-"""Of blocks, in the lower rows; of a deeper model evenly spaced ones."""
+"""Most blocks in the lower rows; a deeper model has evenly spaced ones."""
 _LEAST_COLUMNS = 6
 _LEAST_RANGE = 2.0
-"""Of the colours, as a factor either way: where all is chance, no pair is to look like another."""
+"""Least range of the colours, as a factor either way, lest differences by chance stand out."""
 
 
 def circuits_plot(run: Run) -> bytes | None:
-    """Above, by depth: stable rank of each head's QK and OV, and the scores of all pairs of heads; below, these scores.
+    """Above, by depth: stable rank of each head's QK and OV, and the scores of all pairs of heads; below, score maps.
 
-    Dashed is chance: independent Gaussian factors for the ranks, unrelated directions for the scores, with two standard
-    deviations of a pair shaded. Returns PNG bytes; None where there are no circuits.
+    Dashed lines are chance: independent Gaussian factors for the ranks, unrelated directions for the scores, with two
+    standard deviations of a pair shaded. Returns PNG bytes; None without circuits.
     """
     blocks = {key.rpartition("/")[2]: one for key, one in run.circuits.blocks.items() if key.startswith("spec/")}
     if not blocks:
@@ -54,8 +54,8 @@ def circuits_plot(run: Run) -> bytes | None:
     upper, *lower = figure.subfigures(rows, 1, squeeze=False, height_ratios=[2.9, 3.4][:rows])[:, 0]
     panels = upper.subplots(1, 4)
     for axes, title, field in (
-        (panels[0], "QK: what is compared", "qk_HK"),
-        (panels[1], "OV: what is written", "ov_HK"),
+        (panels[0], "QK: queries and keys", "qk_HK"),
+        (panels[1], "OV: values and output", "ov_HK"),
     ):
         tidy(axes, title, "block", "stable rank of a head" if field == "qk_HK" else "")
         _ranks(axes, [(getattr(one, field), one.width) for one in blocks.values()])
@@ -64,7 +64,7 @@ def circuits_plot(run: Run) -> bytes | None:
         _scores(axes, list(blocks.values()), field)
     if pairs:
         _maps(lower[0], {name: blocks[name] for name in pairs})
-    text = "a dot is a head, or a pair of heads; line: mean, of scores the root mean square; dashed: chance"
+    text = "a dot is a head, or a pair of heads; line: mean, for scores the root mean square; dashed: chance"
     of = _OF.get(run.circuits.circuits, run.circuits.circuits)
     heading(figure, f"Circuits of heads{of}", f"{text}  ·  {moment(run, run.circuits.update)}")
     return png(figure)
@@ -75,7 +75,7 @@ def _ranks(axes: Axes, of_blocks: list[tuple[np.ndarray, int]]) -> None:
     for place, of_heads in enumerate(ranks):
         axes.scatter([place] * len(of_heads), of_heads, color=MODEL, alpha=0.45, s=9, linewidths=0, zorder=2)
     axes.plot(range(len(ranks)), [np.mean(of_heads) for of_heads in ranks], color=MODEL, linewidth=1.6)
-    # D is not in K = min(n, D) where that is n, which no ViT's head has.
+    # K = min(n, D) gives D unless a head is wider than the stream, as in no ViT.
     axes.plot(range(len(ranks)), [chance_stable_rank(width, s_HK.shape[1]) for s_HK, width in of_blocks], **_CHANCE)
     axes.set_ylim(bottom=0)
     _whole_numbers(axes)

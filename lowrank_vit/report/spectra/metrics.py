@@ -1,6 +1,6 @@
-"""Pictures of the numbers that are logged of every matrix.
+"""Pictures of the metrics that are logged for every matrix.
 
-`stable_rank.png` and `cosines.png`: heat maps, block by time; `ema.png`: the model beside its moving average;
+`stable_rank.png` and `cosines.png`: heat maps, block by time; `ema.png`: the model and its moving average;
 `profile.png`: the newest numbers over the depth. Shape legend: T refreshes, B matrices of one type (blocks).
 """
 
@@ -41,16 +41,16 @@ _OVERLAPS = (
     ("block_cos0_u_overlap", "cos0_u_mean", "with the start,\n{} u"),
     ("block_cos0_v_overlap", "cos0_v_mean", "with the start,\n{} v"),
 )
-"""Metric, what a run of an earlier version has logged in its place, and the row's label."""
+"""Metric, the metric that runs of earlier versions logged instead, and the row's label."""
 _OF_CHANCE: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (3, 2))}
 _BOUNDS = (0.1, 10.0)
-"""Of the colours of the bound on a turn."""
+"""Range of the colours of the bound on a turn."""
 
 
 def stable_rank_plot(run: Run) -> bytes | None:
     """The stable rank, and the effective rank as a share of the full rank.
 
-    Returns PNG bytes; None when there are fewer than two refreshes (no time axis).
+    Returns PNG bytes; None with fewer than two refreshes (no time axis).
     """
     updates_T, modules = series(run, "spec")
     if len(updates_T) < 2:
@@ -63,8 +63,8 @@ def stable_rank_plot(run: Run) -> bytes | None:
 def cosine_plot(run: Run) -> bytes | None:
     """Overlap of the top subspaces with those of the refresh before and of the first one, with energy and bound.
 
-    Of a run that has logged no blocks the mean cosines of the recorded vectors. Returns PNG bytes; None where the run
-    has logged none yet, or only one.
+    A run that has logged no blocks has the mean cosines of the recorded vectors instead. Returns PNG bytes; None with
+    fewer than two logged refreshes.
     """
     rows: list[tuple[str, dict[str, list[float]]]] = []
     norms: list[Callable[[np.ndarray], Normalize]] = []
@@ -82,7 +82,7 @@ def cosine_plot(run: Run) -> bytes | None:
             add(label.format("mean cos") + _range_of_chance(chances), found, _unit_norm)
         if metric == "block_cos_v_overlap":
             energy, bound = (matrix_scalars(run, "spec", one) for one in ("block_energy", "turn_bound"))
-            add("energy that the block\nbefore still holds", energy, _unit_norm)
+            add("energy that the earlier\nblock still holds", energy, _unit_norm)
             add("bound on the sine of its\nturn (grey: none)", bound, _bound_norm)
     if not rows or len(run.scalars["update"]) < 2:
         return None
@@ -91,7 +91,7 @@ def cosine_plot(run: Run) -> bytes | None:
 
 
 def _chance_of_mean(run: Run, name: str, side: str) -> float:
-    """What the mean cosine of the recorded top vectors would be by chance; NaN where too little is known."""
+    """The chance value of the mean cosine of the recorded top vectors; NaN where too little is known."""
     level, shape = matrix_scalars(run, "spec", f"chance_{side}").get(name), run.shapes.get(name)
     if level is None or shape is None or not np.isfinite(level[-1]):
         return float("nan")
@@ -106,7 +106,7 @@ def _range_of_chance(chances: list[float]) -> str:
 
 
 def matrix_scalars(run: Run, kind: str, metric: str) -> dict[str, np.ndarray]:
-    """Matrix to one logged scalar over the refreshes (T,), in model order; without the aggregates."""
+    """Matrix to one logged scalar over the refreshes (T,), in model order; without means by type and depth."""
     prefix, ending = f"{kind}/", f"/{metric}"
     found = {
         key.removeprefix(prefix).removesuffix(ending): values
@@ -125,7 +125,7 @@ def _heat_maps(
 ) -> bytes:
     types = by_type(rows[0][1])
     figure = new_figure(1.8 + 2.9 * len(types), 1.1 + 2.45 * len(rows))
-    # A refresh stands for the time around it, from half-way to the one before to half-way to the next.
+    # A refresh covers the time from half-way to the one before until half-way to the next.
     edges = np.concatenate([[updates_T[0]], (updates_T[1:] + updates_T[:-1]) / 2, [updates_T[-1]]])
     axes_grid = figure.subplots(len(rows), len(types), squeeze=False)
     for row, ((label, values), norm_of) in enumerate(zip(rows, norms, strict=True)):
@@ -169,14 +169,14 @@ def _log_norm(values: np.ndarray) -> LogNorm:
 
 
 def _bound_norm(_: np.ndarray) -> LogNorm:
-    """Two colours that meet at 1, above which a bound on a sine says nothing."""
+    """A scale of two colours that meet at 1, above which a bound on a sine says nothing."""
     from matplotlib.colors import LogNorm
 
     return LogNorm(*_BOUNDS)
 
 
 def _unit_norm(values: np.ndarray) -> Normalize:
-    """From the smallest value to 1."""
+    """A scale from the smallest value to 1."""
     from matplotlib.colors import Normalize
 
     values = values[np.isfinite(values)]
@@ -185,7 +185,7 @@ def _unit_norm(values: np.ndarray) -> Normalize:
 
 
 def ema_plot(run: Run) -> bytes | None:
-    """Means over the blocks of each type over time: of the model, of its EMA, and the squared cosine between the two.
+    """Means over the blocks of each type over time: of model, EMA, and the squared cosine between the two.
 
     Returns PNG bytes; None without an EMA, or with fewer than two refreshes in the log.
     """
@@ -235,7 +235,7 @@ _PANELS = (
     ("block_cos0_u_overlap", "left vectors against the start", "overlap (0: chance)"),
     ("cos0_u_mean", "left vectors against the start", "mean cosine (dashed: chance)"),
 )
-"""The last one stands in for the one before where a run of an earlier version has not logged that."""
+"""The last panel replaces the one before for runs of earlier versions, which did not log that metric."""
 
 
 def _newest(found: Mapping[str, np.ndarray]) -> int | None:
@@ -245,9 +245,9 @@ def _newest(found: Mapping[str, np.ndarray]) -> int | None:
 
 
 def profile_plot(run: Run) -> bytes | None:
-    """A panel for each number that there is, a line for each type. Returns PNG bytes; None without any.
+    """A panel for each metric that the run has, a line for each type. Returns PNG bytes; None without any.
 
-    What only whole spectra tell is that of the newest refresh which had them.
+    Metrics of whole spectra are from the newest refresh that had them.
     """
     panels = [(metric, title, label, matrix_scalars(run, "spec", metric)) for metric, title, label in _PANELS]
     newest = {metric: _newest(found) for metric, _, _, found in panels}
@@ -281,7 +281,7 @@ def profile_plot(run: Run) -> bytes | None:
             axes.set_ylim(-0.05, 1.02)
         axes.xaxis.get_major_locator().set_params(integer=True)
     heading(figure, "Every matrix by depth", subtitle(run, run.scalars["update"].astype(np.int64)[-1:]))
-    # One legend above all panels: inside of one it would stand on lines, which may be anywhere.
+    # One legend above all panels: inside a panel it could hide lines.
     lines = [line for line in grid.flat[0].get_lines() if not str(line.get_label()).startswith("_")]
     figure.legend(
         handles=lines, loc="outside upper right", ncols=min(3, len(lines)), frameon=False, fontsize=9, labelcolor=MUTED

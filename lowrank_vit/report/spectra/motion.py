@@ -1,6 +1,6 @@
-"""Pictures of what moves in a model: `flows.png`, tokens and attention of each block, and `updates.png`, its weights.
+"""Pictures of tokens and attention of each block, `flows.png`, and of how the weights move, `updates.png`.
 
-Shape legend: T moments, validations of `flows.png` and refreshes of `updates.png`.
+Shape legend: T moments, which are validations in `flows.png` and refreshes in `updates.png`.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ FLOW_PANELS = (
         msg("effective rank of tokens"),
         msg("exp(entropy of σ / Σ σ)"),
         "rank_limit",
-        msg("no more is possible"),
+        msg("greatest possible"),
     ),
-    ("stable_rank", msg("stable rank of tokens"), "Σ σ² / σ₁²", "rank_limit", msg("no more is possible")),
+    ("stable_rank", msg("stable rank of tokens"), "Σ σ² / σ₁²", "rank_limit", msg("greatest possible")),
     ("cosine", msg("mean cosine of tokens"), msg("1: all alike"), "", msg("isotropic: 0")),
     ("cosine_image", msg("mean cosine within an image"), msg("1: all alike"), "", msg("isotropic: 0")),
     ("entropy", msg("entropy of attention"), msg("nats, mean of the heads"), "entropy_uniform", msg("uniform: ln T")),
 )
-"""Metric, title and label; what the level is logged as, or 0 where it has words alone."""
+"""Metric, title, label, the metric of a reference level (empty: the level is 0), and the level's name."""
 _FAR = 2.0
-"""A level so many times above all values is told beside the axis: as a line it would make the curves one flat line."""
+"""A level so many times above all values is written beside the axis: drawn as a line it would flatten the curves."""
 _LEVEL: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (3, 2))}
 
 
 def flows_plot(run: Run) -> bytes | None:
-    """Each block over the validations, where there are two or more, and the newest numbers by depth, with the EMA's.
+    """Each block over the validations, if there are two or more, and the newest numbers by depth, with the EMA's.
 
-    Levels are dashed: what directions without structure, or uniform attention, would give, and the greatest rank that
-    is possible. Returns PNG bytes; None where the run has looked at no flows.
+    Dashed levels are the values of directions without structure or of uniform attention, and the greatest possible
+    rank. Returns PNG bytes; None if the run has measured no flows.
     """
     found = {(kind, metric): by_block(run, kind, metric) for kind in ("spec", "spec_ema") for metric, *_ in FLOW_PANELS}
     panels = [panel for panel in FLOW_PANELS if found["spec", panel[0]]]
@@ -100,12 +100,12 @@ def flows_plot(run: Run) -> bytes | None:
         style_bar(bar, "")
     images = run.flows.get("spec/flow/images", np.array([np.nan]))[-1]
     of_images = f"{images:,.0f} images of the validation set  ·  " if np.isfinite(images) else ""
-    heading(figure, "What flows through the blocks", of_images + subtitle(run, updates_T, "validations"))
+    heading(figure, "Tokens and attention of the blocks", of_images + subtitle(run, updates_T, "validations"))
     return png(figure)
 
 
 def levels_of(run: Run, metric: str, level: str, times: int) -> tuple[dict[str, np.ndarray], float]:
-    """Block to a panel's level over the validations (T,), 0 where it is not logged; or none, and one far above all."""
+    """Block to a panel's level over the validations (T,), 0 if not logged; or no levels, and one far above all."""
     shown = [value for kind in ("spec", "spec_ema") for of in by_block(run, kind, metric).values() for value in of]
     if not level:
         return dict.fromkeys(by_block(run, "spec", metric), np.zeros(times)), 0.0
@@ -115,7 +115,7 @@ def levels_of(run: Run, metric: str, level: str, times: int) -> tuple[dict[str, 
 
 
 def by_block(run: Run, kind: str, metric: str) -> dict[str, np.ndarray]:
-    """Block to one number over the validations (T,), in model order; those without any finite one are left out."""
+    """Block to one metric over the validations (T,), in model order; blocks without a finite value are left out."""
     prefix, ending = f"{kind}/flow/", f"/{metric}"
     return {
         key.removeprefix(prefix).removesuffix(ending): values_T
@@ -139,10 +139,10 @@ _OF_MOVES = (
 
 
 def updates_plot(run: Run) -> bytes | None:
-    """How the weights of each type move: ranks of the changes and of the optimizer's directions, and how they lie.
+    """How the weights of each type move: ranks of changes and of optimizer's directions, and shares in the top block.
 
-    Lines are means over the blocks, bands their least and greatest; chance is dashed. Returns PNG bytes; None where the
-    run has logged no updates, or at fewer than two refreshes.
+    Lines are means over the blocks, bands go from the least to the greatest; chance is dashed. Returns PNG bytes; None
+    if the run has logged no updates, or fewer than two refreshes.
     """
     found = {(move, m): matrix_scalars(run, "spec", f"{move}_{m}") for move, *_ in _MOVES for m, *_ in _OF_MOVES}
     types = by_type(dict.fromkeys(name for of in found.values() for name in of))

@@ -1,7 +1,6 @@
 """Pictures of stored spectra: `spectra.png` over the updates, `bulk.png` the newest ones, `vectors.png` then and now.
 
-Shape legend: T refreshes, K singular values of a matrix, B matrices of one type (blocks), k recorded vectors of one
-end.
+Shape legend: T refreshes, K singular values of a matrix, B matrices of one type (blocks), k vectors recorded at an end.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ DEPTH_NAMES = ("first block", "middle block", "last block")
 def spectra_plot(run: Run) -> bytes | None:
     """Fans of sigma_i over the updates for the first, middle and last block of each type, then first against last.
 
-    A line goes straight from one refresh that knows the value to the next that does. Returns PNG bytes; None when the
-    run has no spectra. With one refresh only there is no time axis, so no fans.
+    A line connects the refreshes that know the value. Returns PNG bytes; None if the run has no spectra. With only one
+    refresh there is no time axis, so there are no fans.
     """
     updates_T, modules = series(run, "spec")
     if not modules:
@@ -119,7 +118,7 @@ def _first_and_last(axes: Axes, modules: dict[str, np.ndarray]) -> None:
 
 
 def _log_limits(spectra: list[np.ndarray]) -> tuple[float, float]:
-    """Room for all but the very smallest values: a square random matrix has a few far below the rest."""
+    """Limits for all but the very smallest values: a square random matrix has a few far below the rest."""
     values = np.concatenate([s_TK.ravel() for s_TK in spectra])
     values = values[np.isfinite(values) & (values > 0)]
     if not values.size:
@@ -178,13 +177,13 @@ def bulk_plot(run: Run) -> bytes | None:
             name = names[row]
             _histogram(axes, compared[name], modules[name], run.shapes[name])
     values = "values now (qkv: with Q, K and V each over its own noise)" if run.scaled else "values now"
-    text = f"grey: {values}; blue: noise of the same median; red: its edge (99 %), what lies beyond is counted"
+    text = f"grey: {values}; blue: noise of the same median; red: its edge (99 %), values beyond it are counted"
     heading(figure, "Spectra and the Marchenko-Pastur edge", f"{text}  ·  {moment(run, updates_T[-1])}")
     return png(figure)
 
 
 def _histogram(axes: Axes, s_K: np.ndarray, own_K: np.ndarray, shape: tuple[int, int]) -> None:
-    """Of the values `s_K` that are compared with noise; `own_K`, the matrix's own, have the power law."""
+    """The histogram of the values `s_K` to compare with noise; the power law is fitted to the matrix's own `own_K`."""
     axes.grid(visible=False)
     if not np.isfinite(s_K).all() or s_K[0] <= 0:
         axes.text(0.5, 0.5, "not finite or zero", transform=axes.transAxes, ha="center", color=MUTED)
@@ -196,13 +195,13 @@ def _histogram(axes: Axes, s_K: np.ndarray, own_K: np.ndarray, shape: tuple[int,
     lines = []
     if np.isfinite(noise.edge):
         x = np.linspace(right / 1000, right, 1000)
-        # Scaled by the share that is not outliers, so that bulk and bars are of one height.
+        # Scaled by the share of values that are not outliers, so that the curve has the height of the bars.
         share = (above.size - noise.outliers) / s_K.size
         density = share * bulk_density(x, of_above, noise.sigma)
         bars = np.histogram(s_K, bins=np.linspace(0, right, BINS + 1), density=True)[0]
         axes.plot(x, density, color=MODEL, linewidth=1.5)
         axes.axvline(noise.edge, ymax=0.8, color=EMA, linewidth=1.3, linestyle=(0, (3, 2)))  # below the text
-        # Of a square matrix the law has a finite height at 0; of no matrix may the curve push the bars down.
+        # The law may be high near 0; the curve must not make the bars too small.
         axes.set_ylim(0, 1.35 * max(float(bars.max()), min(float(density.max()), 2 * float(bars.max()))))
         lines.append(f"{noise.outliers:.0f} beyond the edge (bulk KS {noise.ks:.3f})")
     if np.isfinite(fit.alpha):
@@ -217,8 +216,8 @@ _KIND = "spec/"
 def vectors_plot(run: Run) -> bytes | None:
     """For the middle block of each type: start against now, and the newest stored refresh but one against now.
 
-    A bright diagonal says that each vector is still itself; a bright block off it, that neighbours have changed places
-    or mixed; dark columns, that a direction is new. Returns PNG bytes; None with fewer than two stored vector files.
+    A bright diagonal means that vectors have not changed; a bright block off it, that neighbours have changed places or
+    mixed; dark columns, that a direction is new. Returns PNG bytes; None with fewer than two stored vector files.
     """
     if len(run.vectors) < 2:
         return None
@@ -255,14 +254,14 @@ def vectors_plot(run: Run) -> bytes | None:
                 axis.set_ticks(index_ticks(k))
             if column == len(types) - 1:
                 style_bar(figure.colorbar(image, ax=list(grid[row]), pad=0.01, fraction=0.03, aspect=18), "|cosine|")
-    text = "top vectors, largest singular value first; a bright diagonal: each is still itself"
+    text = "top vectors, largest singular value first; a bright diagonal: the vectors have not changed"
     chances = dict.fromkeys(f"{chance_cosines(1, n)[0]:.2f}" for n in (max(sides), min(sides)))
     heading(figure, "Singular vectors then and now", f"{text}  ·  by chance a cosine is {' to '.join(chances)}")
     return png(figure)
 
 
 def vector_pairs(run: Run) -> list[tuple[int, int, str, Triplets, Triplets]]:
-    """Of the middle matrix of each type: earlier and newest update, its name, and the top vectors then and now."""
+    """For the middle matrix of each type: earlier and newest update, its name, and the top vectors then and now."""
     found: list[tuple[int, int, str, Triplets, Triplets]] = []
     for old in run.vectors[:-1]:
         now = run.vectors[-1]
@@ -274,7 +273,7 @@ def vector_pairs(run: Run) -> list[tuple[int, int, str, Triplets, Triplets]]:
 
 
 def _both(old: StoredVectors, now: StoredVectors, key: str) -> tuple[Triplets, Triplets] | tuple[()]:
-    """The top vectors of both, with those between the recorded ones where both have them; () if they do not fit."""
+    """The top vectors of both, including those between the recorded ones if both have them; () if they do not fit."""
     if key not in old.ends:
         return ()
     has_blocks = key in old.blocks and key in now.blocks

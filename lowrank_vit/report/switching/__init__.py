@@ -1,1 +1,1 @@
-"""What a run's log holds of its training becoming low-rank, as pictures and tables."""
+"""Pictures and tables of a training that becomes low-rank, from the run's log."""

@@ -1,4 +1,4 @@
-"""`lowrank.png`: the rank of every layer over the updates, and what refreshes said of them."""
+"""`lowrank.png`: the rank of every layer over the updates, and the evidence of the refreshes."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 _NO_LOOK = "#d9d9d9"
 _LABELLED = 30
-"""Up to so many layers have their ranks written into the picture."""
+"""Up to so many layers have their ranks written in the picture."""
 _NAMED = 60
-"""Up to so many layers are named beside it."""
+"""Up to so many layers are named beside the picture."""
 
 
 def switching_plot(run: Run) -> bytes | None:
-    """PNG bytes: ranks by layer over the updates; energy, cosine and certificates beside chance. None without any."""
+    """PNG bytes: ranks by layer over the updates; energy, cosine and certificates with chance. None without any."""
     switching = read_switching(run.path)
     if not switching or not switching.layers:
         return None
@@ -56,19 +56,19 @@ def switching_plot(run: Run) -> bytes | None:
     what = "would be in factors (dry run)" if switching.is_dry else "are in factors"
     model = f"{run.args['model']}  ·  " if run.args.get("model") else ""
     count = len(switching.ranks_after(len(switching.switches)))
-    title = "Ranks that layers would have" if switching.is_dry else "Ranks of the layers"
-    heading(figure, title, f"{model}{count} of {len(names)} layers {what}, all: the layer is whole")
+    title = "Ranks of the layers in a dry run" if switching.is_dry else "Ranks of the layers"
+    heading(figure, title, f"{model}{count} of {len(names)} layers {what}; all: the layer is whole")
     return png(figure)
 
 
 def _greatest(switching: Switching, name: str) -> int:
-    """The greatest rank that the log has of a layer, where its shape is not known."""
+    """The greatest rank of a layer in the log, for a layer of unknown shape."""
     found = [one.ranks[name] for one in switching.switches if name in one.ranks]
     return max([1, *found, *(int(one.layers[name].get("rank", 1)) for one in switching.looks if name in one.layers)])
 
 
 def _heat(axes: Axes, shares_LT: np.ndarray, edges: list[int]) -> Any:
-    """Rows are layers, the first above; a column is a stretch of updates."""
+    """A heat map: rows are layers, the first above; a column is a range of updates."""
     edges = [*edges[:-1], max(edges[-1], edges[-2] + 1)]
     rows = np.arange(len(shares_LT) + 1) - 0.5
     shown = axes.pcolormesh(edges, rows, shares_LT, cmap="Blues", vmin=0, vmax=1)
@@ -105,7 +105,7 @@ def _ranks(axes: Axes, switching: Switching, full: dict[str, int], end: int) -> 
 
 
 def _verdicts(axes: Axes, switching: Switching, full: dict[str, int], end: int) -> None:
-    """What each refresh would keep, until the next; dots where it calls a layer settled."""
+    """The rank that each refresh would keep, drawn until the next; dots where it finds a layer settled."""
     names, looks = list(full), switching.looks
 
     def kept(look: Look, name: str) -> float:
@@ -114,7 +114,7 @@ def _verdicts(axes: Axes, switching: Switching, full: dict[str, int], end: int) 
     shares_LT = np.array([[kept(look, name) for look in looks] for name in names])
     updates = [look.update for look in looks]
     longest = max((b - a for a, b in itertools.pairwise(updates)), default=end)
-    tidy(axes, "What each whole refresh would keep", "update  ·  dots: settled, white: none pays, hatched: no look")
+    tidy(axes, "What each whole refresh would keep", "update  ·  dots: settled, white: no rank pays, hatched: no data")
     axes.set_yticks([])
     axes.patch.set(facecolor=_NO_LOOK, edgecolor="white", hatch="////", linewidth=0)
     _heat(axes, shares_LT, [*updates, min(end, updates[-1] + longest)])
@@ -130,7 +130,7 @@ def _verdicts(axes: Axes, switching: Switching, full: dict[str, int], end: int) 
 
 
 def _covering(curve_T: np.ndarray, others: Sequence[np.ndarray]) -> int:
-    """How many other curves lie on this one somewhere, as far as an eye can tell."""
+    """How many other curves visibly coincide with this one somewhere."""
     return sum(bool(np.any(np.abs(other_T - curve_T) < 0.02)) for other_T in others)
 
 
@@ -142,20 +142,20 @@ def _evidence(figure: SubFigure, switching: Switching, end: int) -> None:
     every = max(1, len(updates) // 12)
     titles = (
         ("energy", "energy_of_chance", "Energy in earlier directions"),
-        ("cosine", "chance", "Cosine with them"),
-        ("above_noise", "", "Above noise of the same entries"),
+        ("cosine", "chance", "Cosine with earlier directions"),
+        ("above_noise", "", "Share above noise"),
     )
     for axes, (key, chance, title) in zip(panels[:3], titles, strict=True):
         tidy(axes, title, "update  ·  dashes: by chance" if chance else "update")
         curves = {kind: mean_over_time(switching.looks, key, names) for kind, names in types.items()}
         for place, (kind, names) in enumerate(types.items()):
             color, marker = type_look(kind)
-            over = _covering(curves[kind], list(curves.values())[place + 1 :])  # what is drawn below others is wider
+            over = _covering(curves[kind], list(curves.values())[place + 1 :])  # curves below others are wider
             look: dict[str, Any] = {"marker": marker, "markersize": 3.5 + 2 * over, "linewidth": 1.4 + 1.8 * over}
             look["markevery"] = (place * every // len(types), every)
             axes.plot(updates, curves[kind], color=color, label=kind, **look)
             if chance:
-                dash = (3 * place, (3, 3 * max(1, len(types) - 1)))  # in turn, where curves are the same
+                dash = (3 * place, (3, 3 * max(1, len(types) - 1)))  # equal curves show by turns
                 by_chance = mean_over_time(switching.looks, chance, names)
                 axes.plot(updates, by_chance, color=color, linestyle=dash, linewidth=1)
         axes.set_ylim(0, 1.03)
@@ -166,7 +166,7 @@ def _evidence(figure: SubFigure, switching: Switching, end: int) -> None:
     widest = np.array(
         [max((one.get("certificate", 0.0) for one in look.layers.values()), default=0.0) for look in switching.looks]
     )
-    tidy(panels[3], "Certificates, the widest", "update")
+    tidy(panels[3], "Widest certificate", "update")
     panels[3].plot(updates, np.where(widest > 0, widest, np.nan), color=INK, clip_on=False, **marks)
     if (widest > 0).any() and widest.max() > 30 * widest[widest > 0].min():
         panels[3].set_yscale("log")

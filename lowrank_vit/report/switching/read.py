@@ -1,4 +1,4 @@
-"""Reads the "lowrank" lines of a run's log: when layers were put in factors, of which rank, and on what that rested."""
+"""Reads the "lowrank" lines of a run's log: when layers were put in factors, with which rank and which evidence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowrank_vit.report.compression.read import Table
 from lowrank_vit.report.language import msg, tr
 
 _UNKNOWN = "?"
-"""In a table, for what was not measured."""
+"""In a table: not measured."""
 _EVENT, _TRAIN, _SPEED = (f'{{"kind": "{kind}"'.encode() for kind in ("lowrank", "train", "speed"))
 EVIDENCE = {
     "energy": msg("energy held"),
@@ -29,7 +29,7 @@ EVIDENCE = {
     "scale": msg("factor of the lr"),
     "error": "|W - AB| / |W|",
 }
-"""What a rank rested on and what became of the layer, by its key in the log, in words."""
+"""The evidence for a rank and the results of a switch, by key in the log, in words."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Switch:
     """Layers that were put in factors at one update, or would have been."""
 
     update: int
-    """The update that it is a part of."""
+    """The update at which it happened."""
     is_dry: bool
     """Whether it was only logged (--lowrank-dry-run)."""
     ranks: dict[str, int]
-    """Of the layers that changed, by name."""
+    """Ranks of the layers that changed, by name."""
     layers: dict[str, dict[str, float]]
-    """By name of the layer what its rank rested on and what became of it; see `EVIDENCE`."""
+    """By layer, the evidence for its rank and the result of the switch; see `EVIDENCE`."""
     numbers: dict[str, float]
     """All other numbers of the line."""
 
@@ -53,60 +53,60 @@ class Switch:
 
     @property
     def is_scheduled(self) -> bool:
-        """Whether it came at the beginning of a given epoch, before the update."""
+        """Whether it was scheduled for the beginning of an epoch, before the update."""
         return "epoch" in self.numbers
 
     @property
     def done(self) -> int:
-        """Updates that were made before it."""
+        """Updates made before it."""
         return self.update - 1 if self.is_scheduled else self.update
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one refresh of whole spectra said of the layers."""
+    """The evidence of one refresh of whole spectra."""
 
     update: int
     layers: dict[str, dict[str, float]]
-    """By name of the layer: rank, settled (0 or 1), streak, and what `EVIDENCE` names; without what is not known."""
+    """By layer: rank, settled (0 or 1), streak, and the keys of `EVIDENCE`; unknown ones are left out."""
 
 
 @dataclass(frozen=True)
 class Switching:
-    """All of one run, by update."""
+    """The switches and the evidence of one run, by update."""
 
     switches: list[Switch]
     looks: list[Look]
     refusals: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
-    """Updates at which no layer was put in factors though that was due, and why."""
+    """Updates at which a switch was due but no layer was put in factors, and why."""
     rates: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
-    """Images a second of each interval of the log, by its last update."""
+    """Images per second of each interval of the log, by its last update."""
     measured: dict[int, tuple[float, float]] = field(default_factory=dict[int, tuple[float, float]])
-    """By a switch's update images a second of the intervals next to it in which nothing is compiled."""
+    """By a switch's update: images per second before and after, in the nearest intervals without compilation."""
 
     @property
     def is_dry(self) -> bool:
-        """Whether nothing was put in factors, but would have been."""
+        """Whether all switches were only logged (dry run)."""
         return bool(self.switches) and all(one.is_dry for one in self.switches)
 
     @property
     def layers(self) -> list[str]:
-        """The names of all layers that a line is about, in the order of the model's blocks, then of the log."""
+        """The names of all layers in the log, in the order of the model's blocks, then of the log."""
         found = dict.fromkeys(name for one in self.looks for name in one.layers)
         return sorted(found | dict.fromkeys(name for one in self.switches for name in one.ranks), key=_block)
 
     def ranks_after(self, count: int) -> dict[str, int]:
-        """The rank of every layer in factors after so many switches; layers that are whole are not named."""
+        """The rank of every layer in factors after `count` switches; whole layers are left out."""
         ranks: dict[str, int] = {}
         for one in self.switches[:count]:
             ranks |= one.ranks
         return ranks
 
     def speeds(self) -> list[tuple[float, float]]:
-        """Median images a second before and after each switch, up to the switches next to it; NaN where not known.
+        """Median images per second before and after each switch, up to the neighbouring switches; NaN if not known.
 
-        The first interval that has updates behind a switch holds its compiling, and is left out. Where no others are
-        there, it is what the run itself has measured.
+        The first interval with updates after a switch includes its compilation and is left out. If there are no other
+        intervals, the run's own measurement is used.
         """
         stretches: list[float] = []
         for begin, end in itertools.pairwise([-1, *(one.done for one in self.switches), math.inf]):
@@ -127,7 +127,7 @@ def _block(name: str) -> list[int]:
 
 
 def read_switching(run_dir: Path) -> Switching | None:
-    """What `metrics.jsonl` holds; None for a run whose log has no such line. Damaged lines are left out."""
+    """The content of `metrics.jsonl`; None for a run whose log has no such lines. Damaged lines are left out."""
     events: list[dict[str, Any]] = []
     train: list[bytes] = []
     measured: dict[int, tuple[float, float]] = {}
@@ -142,7 +142,7 @@ def read_switching(run_dir: Path) -> Switching | None:
             elif line.startswith(_EVENT):
                 with contextlib.suppress(ValueError):
                     events.append(json.loads(line))
-    # A run that went on repeats some: of two of one update the later one counts.
+    # A resumed run repeats some lines: if an update has two, the later one counts.
     switches: dict[int, Switch] = {}
     looks: dict[int, Look] = {}
     refusals: dict[int, str] = {}
@@ -190,7 +190,7 @@ def _by_layer(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _known(verdict: dict[str, float]) -> dict[str, float]:
-    """Without the zeros that stand for what nothing is known of: no rank that pays, or nothing to compare with."""
+    """The verdict without zeros that mean unknown: no rank pays, or there is nothing to compare with."""
     return {key: value for key, value in verdict.items() if value or key in ("settled", "streak")}
 
 
@@ -199,7 +199,7 @@ def _numbers(content: Mapping[str, Any]) -> dict[str, float]:
 
 
 def in_words(switching: Switching) -> list[str]:
-    """A line for each switch: layers, parameters, FLOPs and images a second before and after, where they are known."""
+    """A line for each switch: layers, parameters, FLOPs and images per second before and after, where known."""
     lines: list[str] = []
     for one, speed in zip(switching.switches, switching.speeds(), strict=True):
         forms = (
@@ -219,25 +219,25 @@ def in_words(switching: Switching) -> list[str]:
 
 
 def headline(switching: Switching) -> list[tuple[str, str]]:
-    """The figure that a reader of a switched run looks for first, as (label, value)."""
+    """The number that a reader of a switched run looks for first, as (label, value)."""
     done = [one for one in switching.switches if not one.is_dry]
     left = done[-1].number("parameters") / done[0].number("parameters_before") if done else math.nan
     return [(tr("parameters left"), f"{100 * left:.1f} %")] if math.isfinite(left) else []
 
 
 def tables(switching: Switching, shapes: Mapping[str, tuple[int, int]]) -> list[Table]:
-    """Of the switches, and of the ranks by layer with what they rested on."""
+    """The tables of the switches, and of the ranks by layer with their evidence."""
     return [_switches(switching), _ranks(switching, shapes)]
 
 
 def notes(switching: Switching) -> list[str]:
-    """A line for each time that layers stayed as they were though a switch was due."""
+    """A line for each time that a switch was due but layers stayed as they were."""
     text = msg("At update {n:,} no layer was put in factors: {why}.")
     return [tr(text, n=update, why=why) for update, why in switching.refusals]
 
 
 def beside_the_loss(args: Mapping[str, Any], train: Mapping[str, np.ndarray]) -> list[Table]:
-    """Of the adapters and regularisers of a run, by its options, and what its train lines have of them; or none."""
+    """The table of a run's adapters and regularisers, from its options and train lines; empty without any."""
     flags = ("lora", "reg-nuclear", "reg-stable-rank", "spectral-clip")
     given = [f"--{flag} {args[flag]:g}" for flag in flags if isinstance(args.get(flag), int | float) and args[flag]]
     if not given:
@@ -274,14 +274,13 @@ def _switches(switching: Switching) -> Table:
                "img/s", tr("loss, one batch")]  # fmt: skip
     title = tr("Layers put in factors")
     note = tr(
-        "FLOPs of training on an image; loss of the same images before and after. Images a second are medians of the "
-        "log's intervals up to the next switch, without the one in which the step is compiled anew. "
-        "?: not measured."
+        "FLOPs of training on one image; loss on the same images before and after. img/s are medians of the log's "
+        "intervals up to the next switch, without the one in which the step is recompiled. ?: not measured."
     )
     if switching.is_dry:
         title = tr("Layers that would be put in factors (dry run)")
         note = tr(
-            "FLOPs of training on an image; loss of the same images. Each row is beside the whole model. "
+            "FLOPs of training on one image; loss on the same images. Each row is compared with the whole model. "
             "?: not measured."
         )
     return Table(title, columns, rows, note)
@@ -301,7 +300,7 @@ def _ranks(switching: Switching, shapes: Mapping[str, tuple[int, int]]) -> Table
         ranks = [str(ranks.get(name, tr("whole"))) for ranks in after]
         rows.append([name, shape, *ranks, *(_cell(key, newest.get(name, {}).get(key)) for key in known)])
     at = [tr("update {n}", n=f"{one.update:,}") for one in switching.switches]
-    note = tr("The rank behind each switch, and what the newest switch or refresh rested on. ?: not measured.")
+    note = tr("The rank after each switch, and the evidence of the newest switch or refresh. ?: not measured.")
     return Table(tr("Ranks by layer"), ["", tr("shape"), *at, *(tr(EVIDENCE[key]) for key in known)], rows, note)
 
 
@@ -320,7 +319,7 @@ def _flops(one: Switch) -> str:
 
 
 def _change(before: float, after: float, form: str = ".3g") -> str:
-    """Such as 3.2 → 1.1, with a question mark for what is not known; empty where neither is."""
+    """Such as 3.2 → 1.1, with a question mark for an unknown value; empty if both are unknown."""
     shown = [format(value, form) if math.isfinite(value) else _UNKNOWN for value in (before, after)]
     return "" if shown == [_UNKNOWN, _UNKNOWN] else " → ".join(shown)
 

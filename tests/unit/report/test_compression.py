@@ -99,7 +99,7 @@ def test_rows_in_parts_have_the_rank_of_a_part(tmp_path):
     assert found.full_ranks == {"blocks.0.attn.qkv": 2, "blocks.0.mlp.fc1": 4}
     ranks, layers = tables(found)[2], tables(found)[-1]
     assert [row[1] for row in ranks.rows] == ["2 of 3 parts", "4"]
-    assert "ranks are those of each part" in ranks.note
+    assert "ranks are of each part" in ranks.note
     assert layers.title == "Up to which rank a layer is faster"
     assert [row[0] for row in layers.rows] == ["6 x 4 in 3 parts", "6 x 4"]
 

@@ -38,8 +38,8 @@ def test_a_comparison_of_checkpoints_has_a_page(tmp_path: Path, capsys: pytest.C
     for name, numbers in layers.items():
         assert f"<td>{name}</td><td>{numbers['update_rel']:.4g}</td>" in html
     name, most = max(((name, of["update_rel"]) for name, of in layers.items()), key=lambda one: one[1])
-    assert f"The largest of a matrix is {most:.3g}, of {name}.</li>" in html
-    assert ". The lowest of a matrix is 1, of " in html
+    assert f"The largest of a single matrix is {most:.3g} ({name}).</li>" in html
+    assert ". The lowest of a single matrix is 1 (" in html
     assert html.count("<li>") == 4  # one says that there is no bound on the turn
     main([str(tmp_path), "--no-png"])  # the folder means it, too
     assert list((tmp_path / "vit_drift").iterdir()) == []
@@ -71,13 +71,13 @@ def test_sentences_are_about_numbers_that_do_not_grow_with_the_matrix_and_order_
     path.write_text(json.dumps({"meta": {"before": {}, "after": {}}, "types": {}, "layers": layers}))
     parts, _ = drift_parts(path, with_png=False)
     assert parts["said"] == [
-        "Change beside the weights, ‖ΔW‖ / ‖W‖, means by type, the largest first: mlp.fc1 0.6, attn.qkv 0.59. "
-        "The largest of a matrix is 0.7, of blocks.1.mlp.fc1.",
-        "Overlap of the top left vectors before and after (1: the same, 0: chance), means by type, the lowest, turned "
-        "most, first: attn.qkv 0.2, mlp.fc1 0.8. The lowest of a matrix is 0.2, of blocks.0.attn.qkv.",
+        "Change relative to the weights, ‖ΔW‖ / ‖W‖, means by type, the largest first: mlp.fc1 0.6, attn.qkv 0.59. "
+        "The largest of a single matrix is 0.7 (blocks.1.mlp.fc1).",
+        "Overlap of the top left vectors before and after (1: the same, 0: chance), means by type, the lowest (most "
+        "turned) first: attn.qkv 0.2, mlp.fc1 0.8. The lowest of a single matrix is 0.2 (blocks.0.attn.qkv).",
     ]
     (note,) = parts["notes"]
-    assert note.startswith("Of 3 of 3 matrices, blocks.0.mlp.fc1 first, there is no bound on the block's turn")
+    assert note.startswith("The block's turn has no bound in 3 of 3 matrices (blocks.0.mlp.fc1 first)")
     for numbers in layers.values():
         del numbers["update_rel"]  # as files of earlier versions
     path.write_text(json.dumps({"meta": {"before": {}, "after": {}}, "types": {}, "layers": layers}))
@@ -97,7 +97,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "x_drift.json").write_text(json.dumps(content))
     main([str(tmp_path / "x_drift.json")])
     html = (tmp_path / "x_drift.html").read_text()
-    assert "No number of it is finite." in html
+    assert "No number in it is finite." in html
     assert "<b>" not in html
 
 

@@ -81,7 +81,7 @@ def test_parquet_has_the_same_in_columns_with_types(run: Path, tmp_path: Path) -
 
 
 def test_without_pyarrow_it_is_said_what_to_do(run: Path, tmp_path: Path) -> None:
-    said = r"--export parquet needs the package pyarrow, .*`pip install 'lowrank-vit\[tables\]'`, or take csv"
+    said = r"--export parquet needs the package pyarrow, .*`pip install 'lowrank-vit\[tables\]'`, or use csv"
     with hidden_packages("pyarrow"), pytest.raises(UserError, match=said):
         export_run(run, "parquet", tmp_path / "tables")
     assert not (tmp_path / "tables").exists()
@@ -109,7 +109,7 @@ def test_damaged_files_are_passed_over(run: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_told(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file is a file; tables are written into a folder"):
+    with pytest.raises(UserError, match=r"file is a file, but tables are written into a folder"):
         export_run(run, "csv", tmp_path / "file")
     with pytest.raises(UserError, match=r"file/x/epochs\.csv cannot be written: Not a directory"):
         export_run(run, "csv", tmp_path / "file" / "x")
@@ -120,5 +120,5 @@ def test_what_cannot_be_is_told(run: Path, tmp_path: Path) -> None:
             main([str(run), "--export", *words])
     with pytest.raises(UserError, match=r"^--export takes csv\|parquet DIR, not only `csv`\.$"):
         main([str(run), "--export", "csv"])
-    with pytest.raises(UserError, match="--export writes tables alone"):
+    with pytest.raises(UserError, match="--export only writes tables"):
         main([str(run), "--export", "csv", str(tmp_path), "--watch"])

@@ -255,7 +255,9 @@ def test_losses_that_became_nan_are_drawn_and_not_taken_for_the_best(run: Path) 
 
 def test_a_wrong_path_names_the_next_step(tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("")
-    with pytest.raises(UserError, match=r"file\.txt is a file of no run.*output/<experiment>.*_spectral\.json"):
+    with pytest.raises(
+        UserError, match=r"file\.txt is a file, but not one of a run.*output/<experiment>.*_spectral\.json"
+    ):
         write_report(tmp_path / "file.txt")
     with pytest.raises(UserError, match=r"no run directory at .*nowhere.*lowrank_vit\.train.*output/<experiment>"):
         main([str(tmp_path / "nowhere")])

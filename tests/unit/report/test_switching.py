@@ -187,7 +187,7 @@ def test_no_look_is_told_from_no_rank_that_pays(tmp_path, monkeypatch):
     assert shares[0, 0] == 0
     assert np.ma.getmaskarray(shares).tolist() == [[False, False], [False, True], [False, False], [False, False]]
     assert panel.patch.get_hatch()
-    assert "hatched: no look" in panel.get_xlabel()
+    assert "hatched: no data" in panel.get_xlabel()
     assert mesh.get_coordinates()[0, :, 0].tolist() == [10, 20, 30]  # behind it nothing was looked at
     assert panel.get_xlim() == (0, 90)
 
@@ -198,13 +198,13 @@ def test_certificates_have_room_above(tmp_path, monkeypatch, certificates):
         evidence(update, **{name.replace(".", "_"): {"certificate": one} for name in LAYERS})
         for update, one in zip((10, 20), certificates, strict=True)
     ]
-    bottom, top = drawn(log(tmp_path, *looks), monkeypatch)["Certificates,"].get_ylim()
+    bottom, top = drawn(log(tmp_path, *looks), monkeypatch)["Widest"].get_ylim()
     assert top > 1.04 * max(certificates)
     assert bottom == 0 or bottom < 0.96 * min(certificates)
 
 
 def test_curves_that_lie_on_one_another_are_all_seen(tmp_path, monkeypatch):
-    panel = drawn(log(tmp_path, evidence(10), evidence(20), evidence(30)), monkeypatch)["Above"]
+    panel = drawn(log(tmp_path, evidence(10), evidence(20), evidence(30)), monkeypatch)["Share"]
     widths = [line.get_linewidth() for line in panel.get_lines()]
     assert len(widths) == 3  # qkv, fc1, fc2, the same numbers
     assert all(a > b + 1 for a, b in itertools.pairwise(widths))

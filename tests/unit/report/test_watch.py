@@ -15,10 +15,12 @@ import pytest
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.report import watch
 from lowrank_vit.report.__main__ import main
+from lowrank_vit.report.language import in_language
 from lowrank_vit.report.page import draw_report
 from lowrank_vit.report.watch import Watched, open_server, page_of, state_of
 from tests.browser import opened
 from tests.reported import add_metrics, add_summary
+from tests.waiting import wait_until
 
 PAGE = "<!doctype html><html><body><h1>{}</h1></body></html>"
 
@@ -155,12 +157,12 @@ def test_nothing_is_drawn_while_nobody_looks(run: Path, drawing: Drawing) -> Non
 
 def test_a_run_is_waited_for_and_its_last_page_stays_when_it_is_gone(ask: Ask, run: Path, drawing: Drawing) -> None:
     run.rmdir()
-    until(ask, "it is waited for")
+    until(ask, "this page waits for it")
     run.mkdir()
     page = until(ask, " of run</h1>")
-    assert "waited for" not in page
+    assert "waits for" not in page
     run.rmdir()
-    assert " of run</h1>" in until(ask, "is not there any more")
+    assert " of run</h1>" in until(ask, "no longer exists")
     drawn = drawing.count
     run.mkdir()
     until(ask, f"page {drawn + 1} of run")
@@ -204,7 +206,7 @@ def test_ports_and_paths_that_cannot_be(run: Path) -> None:
     taken.server_close()
     for line, words in (
         (["--port", "70000"], "--port takes"),
-        (["--port", "80"], "--port is about --watch"),
+        (["--port", "80"], "--port needs --watch"),
         (["--watch", "--port", "x"], "--port takes"),
     ):
         with pytest.raises(UserError, match=words):
@@ -212,7 +214,7 @@ def test_ports_and_paths_that_cannot_be(run: Path) -> None:
     with pytest.raises(UserError, match="nor a folder where one could begin"):
         main([str(run / "not" / "there"), "--watch"])
     (run / "notes.txt").write_text("")
-    with pytest.raises(UserError, match=r"notes\.txt is a file of no run, which will not become one"):
+    with pytest.raises(UserError, match=r"notes\.txt is a file, but not one of a run"):
         main([str(run / "notes.txt"), "--watch"])
 
 
@@ -278,3 +280,16 @@ def test_the_page_is_the_reports_and_nothing_is_written(run: Path, monkeypatch: 
     before = sorted(path.name for path in run.iterdir())
     assert "<h1>run</h1>" in page_of(run, False)
     assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_notices_are_in_the_language_of_the_report(tmp_path: Path, drawing: Drawing) -> None:
+    with in_language("zh"):
+        watched = Watched(tmp_path / "gone", drawing)
+        watched.start()
+    try:
+        first = watched.newest().content.decode()
+        assert '<html lang="zh">' in first
+        assert "report --watch 已结束" in first
+        wait_until(lambda: "还不存在" in watched.newest().content.decode(), "a notice in Chinese")
+    finally:
+        watched.close()

@@ -1,5 +1,5 @@
-/* Charts: panels drawn by the library when they come near the window, and figures of panels that come ready. */
-/* Neither dark nor light, so that all are seen on both backgrounds. */
+/* Charts: panels that the library draws when they come near the window, and ready-made figures of panels. */
+/* Neither dark nor light, so that all show on both backgrounds. */
 const shades = [[132, 84, 214], [62, 124, 228], [30, 158, 158], [112, 176, 72], [222, 160, 40]];
 function shade(share) {
   const at = Math.min(0.9999, Math.max(0, share)) * (shades.length - 1), i = Math.floor(at);
@@ -12,7 +12,7 @@ const watcher = new IntersectionObserver((entries) => {
     plotly().then(() => draw(target)).catch(failed);
   }
 }, { rootMargin: "400px" });
-/* The library takes most of the time that a page takes: it is read when the first chart comes near, behind the rest. */
+/* The library takes most of a page's time, so it is loaded after the rest, when the first chart comes near. */
 let library;
 function plotly() {
   library ||= inflate("packed-library").then((bytes) => {
@@ -37,7 +37,7 @@ function axis(title, extra) {
   return { title: { text: lines(title || ""), font: { size: 12 }, standoff: 8 }, gridcolor: css("--line"), linecolor: css("--line"),
     zerolinecolor: css("--line"), automargin: true, ...extra };
 }
-/* Ticks between the powers of ten are written out: the library's own are "1 5 2 1". */
+/* Ticks between the powers of ten are written in full: the library's own are "1 5 2 1". */
 const logarithmic = { type: "log", tickformat: "~g" };
 /* Blocks and updates have no halves: an axis of blocks, or of few updates, has ticks at whole numbers. */
 function whole(panel) {
@@ -46,7 +46,7 @@ function whole(panel) {
   const [low, high] = ends(xs);
   return panel.whole || high - low <= 10 ? { tick0: 0, dtick: Math.max(1, Math.ceil((high - low) / 12)) } : {};
 }
-/* Of one value alone the library draws from 1 below to 1 above, where a learning rate cannot be read. */
+/* For a single value the library's axis goes from 1 below to 1 above, where a learning rate cannot be read. */
 function fromZero(panel) {
   const [low, high] = ends((panel.series || []).flatMap((one) => Array.from(one.y)).filter(isKnown));
   return low === high && low ? { rangemode: "tozero" } : {};
@@ -61,7 +61,7 @@ function draw(place) {
   place.previousSibling.textContent = panel.title || "";
   const gone = panel.log ? (panel.series || []).filter((one) => one.y.some((y) => isKnown(y) && y <= 0)) : [];
   place.nextSibling.hidden = !gone.length;
-  place.nextSibling.textContent = t("Where it is 0 or less, not drawn on a logarithmic axis: {names}.",
+  place.nextSibling.textContent = t("Values of 0 or less are not drawn on a logarithmic axis: {names}.",
     { names: gone.slice(0, 3).map((one) => one.name).join(", ") + (gone.length > 3 ? ", …" : "") });
   const traces = (panel.series || []).flatMap((one) => [...band(one), trace(one, panel)]);
   if (panel.heat) traces.push(heat(panel.heat));
@@ -83,7 +83,7 @@ function draw(place) {
   };
   if (panel.y2) layout.yaxis2 = axis(panel.y2, { overlaying: "y", side: "right", showgrid: false, rangemode: "tozero" });
   Plotly.react(place, traces, layout, { responsive: true, displaylogo: false, displayModeBar: "hover",
-    /* Named one by one, and no server: of the library's own buttons one would send the chart to a service. */
+    /* Buttons are named one by one, and no server: one of the library's own would send the chart to a service. */
     modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], plotlyServerURL: "",
     locale: "own", locales: { own: { dictionary: {
       "Download plot as a PNG": t("Download plot as a PNG"), "Zoom": t("Zoom"), "Pan": t("Pan"), "Reset axes": t("Reset axes"),
@@ -134,7 +134,7 @@ function heat(one) {
     hovertemplate: `%{y}<br>${plain(one.over || t("update"))} %{x}: %{text}<extra></extra>` };
 }
 
-/* ---- figures that come ready: panels, in one view or several to choose from ---- */
+/* ---- ready-made figures: panels, in one view or several to choose from ---- */
 function figure(one) {
   const made = section("fig-" + one.id, one.title, one.note), bar = controls(), grid = make("div", { class: "panels" });
   const sets = one.weights || { "": one.views }, labels = Object.keys(sets), names = (label) => Object.keys(sets[label]);

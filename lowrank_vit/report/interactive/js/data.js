@@ -1,11 +1,11 @@
-/* The data that stand in the page (see packing.py), its texts, and small pieces of HTML. */
+/* The data in the page (see packing.py), its texts, and small pieces of HTML. */
 const byId = (id) => document.getElementById(id);
 const root = document.documentElement;
 const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 const isCoarse = matchMedia("(pointer: coarse)").matches;
 let data;
 
-/* A text in the page's language, with values put into its {fields}. */
+/* A text in the page's language, with values filled into its {fields}. */
 function t(text, values = {}) {
   const found = texts[text] || text;
   return found.replace(/\{(\w+)\}/g, (field, name) => (name in values ? values[name] : field));
@@ -39,7 +39,7 @@ function make(tag, attributes = {}, ...children) {
   made.append(...children);
   return made;
 }
-/* Plotly takes a few tags in texts: names are shown as they are. */
+/* Plotly interprets a few tags in texts; names must be shown as they are. */
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const lines = (text) => plain(text).replace(/\n/g, "<br>");
 const isKnown = (value) => value !== null && value !== undefined && Number.isFinite(value);

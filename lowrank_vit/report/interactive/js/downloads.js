@@ -1,4 +1,4 @@
-/* Tables for other programs: CSV, made here of what the page holds. Columns are those of `report --export csv`. */
+/* Tables for other programs: CSV of the page's data. Columns are those of `report --export csv`. */
 const cellOf = (value) => {
   if (typeof value === "number") return Number.isNaN(value) ? "" : Number.isFinite(value)
     ? String(Number.isInteger(value) ? value : Number(value.toPrecision(6))) : value > 0 ? "inf" : "-inf";
@@ -37,7 +37,7 @@ function tablesToLoad() {
     } };
   return found;
 }
-/* Every point of the figures that come ready: of pages that have no others. */
+/* Every point of the ready-made figures, for pages that have no others. */
 function linesToLoad() {
   const points = [];
   for (const figure of data.figures) for (const [weights, views] of Object.entries(figure.weights || { "": figure.views }))
@@ -57,7 +57,7 @@ function download(name, text) {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }
-/* Three lines that read a table, of a matrix's numbers where there are any. */
+/* Three lines that read a table, that of the matrices' numbers if there is one. */
 function recipes(name, table) {
   const isOver = table.columns.includes("update");
   const column = isOver ? table.columns.find((one) => !["update", "ema", "name", "epoch"].includes(one)) || "update"
@@ -74,9 +74,9 @@ function downloads() {
   const tables = tablesToLoad(), names = Object.keys(tables);
   if (!names.length) return;
   const made = section("fig-data", t("Data"), data.exports
-    ? t("Tables as CSV, made of what this page holds, with at least four digits. "
-      + "What this page leaves out stands at its end; report --export csv DIR writes all of it.")
-    : t("Tables as CSV, made of what this page holds, with at least four digits.")), bar = controls();
+    ? t("Tables as CSV with the data of this page, to at least four digits. "
+      + "What this page leaves out is listed at its end; report --export csv DIR writes everything.")
+    : t("Tables as CSV with the data of this page, to at least four digits.")), bar = controls();
   for (const name of names) bar.append(make("button", { type: "button", "data-table": name,
     onclick: () => download(name + ".csv", csvOf(tables[name])) }, t("{file}: {rows} rows, {columns} columns",
     { file: name + ".csv", rows: tables[name].count.toLocaleString("en"), columns: tables[name].columns.length })));

@@ -90,7 +90,7 @@ function heatMap(m) {
   const place = chart(made, 420);
   render();
 }
-/* From four decades below the greatest value, or the smallest: what rounding has made of zeros would squeeze the rest. */
+/* From four decades below the greatest value, or the smallest: zeros after rounding would squeeze the rest. */
 function decades(values) {
   const known = Array.from(values).filter((value) => value > 0 && isKnown(value));
   const most = known.reduce((a, b) => Math.max(a, b), 0) || 1, least = known.reduce((a, b) => Math.min(a, b), most);

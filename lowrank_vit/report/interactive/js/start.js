@@ -3,8 +3,8 @@ function start() {
   before.forEach(figure);
   if (data.matrices) {
     const m = data.matrices, isCosine = (one) => one.group === "cosine";
-    explorer(m, "fig-cosines", t("How the top subspaces turn"), t("Against the refresh before, the first one, and the EMA. "
-      + "Dashed: what unrelated subspaces would have."), isCosine, "block_cos0_u_overlap");
+    explorer(m, "fig-cosines", t("How the top subspaces turn"), t("Compared with the refresh before, the first one, and the EMA. "
+      + "Dashed: the values of unrelated subspaces."), isCosine, "block_cos0_u_overlap");
     explorer(m, "fig-metrics", t("Numbers of the matrices over time"), m.note, (one) => !isCosine(one), "sigma_max");
     heatMap(m);
     singularValues(m);
@@ -19,7 +19,7 @@ function start() {
 function redraw(wanted) {
   for (const [place, held] of charts) if (place.isConnected && wanted(held)) draw(place);
 }
-/* An old browser, or a page that was cut off: the pictures that readers without scripts see. */
+/* An old browser, or an incomplete page: show the pictures that readers without scripts see. */
 function failed(error) {
   if (root.dataset.state === "failed") return;
   console.error(error);

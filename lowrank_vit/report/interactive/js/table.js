@@ -53,7 +53,7 @@ function matrixTable(m) {
     more.textContent = t("show all {n} rows", { n: rows.length });
     more.hidden = rows.length <= limit;
     list.replaceChildren(...[...used].map(([why, mark]) => make("li", {}, `${mark}: ${held.reasons[why]}`)));
-    reason.textContent = "";  /* marks are numbered anew */
+    reason.textContent = "";  /* marks are numbered again */
   };
   const changed = (value, isRatio) => isRatio ? `×${shown(value)}` : (value > 0 ? "+" : "") + shown(value);
   const type = select(bar, "type", t("type"), [["all", t("all")], ...typesOf(m).map((one) => [one, one])], () => render());

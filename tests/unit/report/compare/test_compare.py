@@ -94,7 +94,7 @@ def test_spectra_are_compared_at_the_last_moment_that_all_have_reached(tmp_path:
     assert of_types
     lines = of_types.views["EMA"]["largest singular value σ₁"][0].lines
     assert [line.x_T[-1] for line in lines] == [40, 10]
-    assert "Spectra are compared at update 10, the last that short has." in draw_comparison([long, short], None).notes
+    assert "Spectra are compared at update 10, the last moment of short." in draw_comparison([long, short], None).notes
 
 
 def test_the_line_of_seeds_is_their_mean_where_all_have_a_value() -> None:
@@ -175,7 +175,7 @@ def test_a_page_of_its_own_beside_the_runs_and_never_over_a_report(
         main([str(a), str(b), "--out", str(tmp_path / "file")])
     (tmp_path / "mine" / "comparison").mkdir(parents=True)
     (tmp_path / "mine" / "comparison" / "scores.png").write_text("mine")
-    with pytest.raises(UserError, match="of no comparison"):
+    with pytest.raises(UserError, match="is no comparison"):
         main([str(a), str(b), "--out", str(tmp_path / "mine")])
     assert (tmp_path / "mine" / "comparison" / "scores.png").read_text() == "mine"
     assert (a / "report.html").read_text() == "a's own"
@@ -195,16 +195,16 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         ([a, compression], "compressed is a compression"),
         ([a, tmp_path / "none"], "no run directory at"),
         ([a, tmp_path / "none*"], r"no run directory at .*none\*"),
-        ([a, tmp_path / "b" / "args.yaml"], "is a file of no analysis"),
+        ([a, tmp_path / "b" / "args.yaml"], "is a file, but no analysis"),
         ([a, tmp_path], "holds no run"),
-        ([a, b, "--dark", "--no-png"], "--dark is about pictures in files"),
-        ([a, b, "--watch"], "--watch goes with one run, and 2 are given"),
+        ([a, b, "--dark", "--no-png"], "--dark is about PNG files"),
+        ([a, b, "--watch"], "--watch takes one run, but 2 are given"),
         ([a, b, "--against", b], "b is given twice"),
         ([a, "--against", tmp_path / "none"], "no run directory at"),
-        ([a, "--against", b, "--watch"], "--watch goes with one run, and 2 are given"),
-        ([a, "--out", tmp_path / "x", "--watch"], "--out is where a page is written"),
+        ([a, "--against", b, "--watch"], "--watch takes one run, but 2 are given"),
+        ([a, "--out", tmp_path / "x", "--watch"], "--out is the folder of a written page"),
         ([a, "--out", b], "holds another run .args.yaml."),
-        ([a, "--dark", "--no-png"], "--dark is about pictures in files"),
+        ([a, "--dark", "--no-png"], "--dark is about PNG files"),
     ):
         with pytest.raises(UserError, match=words):
             main([str(word) for word in line])

@@ -303,7 +303,7 @@ def test_a_tenth_of_a_long_run_is_a_page_below_6_mb_that_says_what_it_leaves_out
     write_report(run, png=False)
     page = run / "report.html"
     assert page.stat().st_size < 4e6  # the pictures take up to 2 MB more
-    assert "this page holds" in page.read_text()
+    assert "This page holds" in page.read_text()
     tab.open(page)
     assert tab.js("document.documentElement.dataset.state") == "ready"
     drawn(tab, "fig-values")

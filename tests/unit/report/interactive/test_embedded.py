@@ -176,8 +176,8 @@ def test_every_number_of_a_run_is_in_its_page(tmp_path: Path) -> None:
     assert [one["id"] for one in data["figures"]] == ["training", "vectors"]
     assert len(content["bulk"]) == 24
     assert notes == [
-        "Of what was logged of the spectra this page holds 9 numbers of each matrix; means by type and by depth, "
-        "and other numbers, are left out."
+        "This page holds 9 of the logged numbers of each matrix; other numbers, and means by type and by depth, "
+        "are left out."
     ]
 
 

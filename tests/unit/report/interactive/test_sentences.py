@@ -78,7 +78,7 @@ def test_a_best_score_is_told_where_it_is_another_than_the_last(tmp_path: Path, 
 def test_a_loss_that_is_not_finite_comes_before_everything(tmp_path: Path) -> None:
     run = planted(tmp_path / "a", lambda *_: 9.0)
     (run / "metrics.jsonl").write_text("".join(train_line(u, None if u > 5 else 1.5) for u in range(1, 10)))
-    assert sentences(read_run(run))[0] == ("The training loss is not finite: the last finite one, 1.5, is of update 5.")
+    assert sentences(read_run(run))[0] == "The training loss is not finite; the last finite one is 1.5 at update 5."
 
 
 @pytest.mark.parametrize("scale", [0.0, float("nan")])

@@ -83,8 +83,8 @@ def test_a_level_far_above_all_values_is_no_line(run: Path) -> None:
     figure = flows_figure(found, Packer())
     assert figure is not None
     effective, stable, cosine, *_ = figure["views"]["newest, by depth"]
-    assert effective["y"] == "exp(entropy of σ / Σ σ)\nno more is possible: 96"
-    assert stable["y"].endswith("no more is possible: 96")
+    assert effective["y"] == "exp(entropy of σ / Σ σ)\ngreatest possible: 96"
+    assert stable["y"].endswith("greatest possible: 96")
     assert [[one["name"] for one in panel["series"]] for panel in (effective, stable, cosine)] == [
         ["model"], ["model"], ["model", "isotropic: 0"],
     ]  # fmt: skip
