@@ -117,6 +117,12 @@ class Failing:
             self._world.wait_for_all()
             world.side.signal(before)
             neighbour.join()
+        except BaseException as error:
+            if not _is_success(error):
+                self._tell(error)  # while there are threads, of this rank or another, which note who is lost
+            if _is_of_lost(error):
+                time.sleep(2 * _POLL_S)  # they may hear of it later than this one
+            raise
         finally:
             # It must not be inside torch's C++ code when the interpreter ends: that aborts the process.
             is_over.set()
@@ -147,7 +153,9 @@ class Failing:
         try:
             while not is_over.wait(_POLL_S):
                 if self._lost is not None:
-                    self._note_lost(store, self._lost)
+                    # The first one counts: ranks that end because of it do so a second later.
+                    store.compare_set(_WHO, "", str(self._lost))
+                    self._lost = None
                 if self._is_failing:
                     continue
                 is_due = (now := time.monotonic()) - read_at >= pause
@@ -203,11 +211,6 @@ class Failing:
         if self._world.local_rank == 0:
             print(f"warning: rank {self._world.rank}: {what}. The run saves and ends.", file=sys.stderr, flush=True)
         self.save_and_end()
-
-    def _note_lost(self, store: Any, rank: int) -> None:
-        self._lost = None
-        if not store.check([_FAILED]):  # otherwise it has ended because of another rank
-            store.compare_set(_WHO, "", str(rank))
 
     def _listen(self, after: int) -> None:
         """Wait for the next rank's final signal; a lost connection instead ends this process."""

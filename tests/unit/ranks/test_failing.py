@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import pytest
+import torch
 from torch.distributed import HashStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -15,8 +18,11 @@ from lowrank_vit import train
 from lowrank_vit.common.errors import UserError, in_short
 from lowrank_vit.ranks import failing as module
 from lowrank_vit.ranks.failing import Failing, Gone, record
+from lowrank_vit.ranks.joining import joined
 from lowrank_vit.ranks.signs import Limits, Signs
 from lowrank_vit.ranks.world import World
+from tests.forked import Forked
+from tests.waiting import LONG_S, free_port
 
 
 @pytest.fixture
@@ -138,6 +144,50 @@ def test_a_lost_rank_is_named_by_what_its_neighbour_has_noted(text):
     assert str(told).startswith("rank 1: another rank is gone without a word")
     world.store.set(module._WHO, "3")
     assert str(Failing(world)._named(RuntimeError(text))).startswith("rank 1: rank 3 is gone without a word")
+
+
+def test_a_neighbour_names_the_lost_rank_also_where_a_collective_has_failed_of_it_before(monkeypatch):
+    """The collective fails at once, in the neighbour itself or another rank; the neighbour's threads are behind."""
+    monkeypatch.setattr(module, "_WHO_S", 10.0)
+    world, is_over = World(1, 1, 4, HashStore()), threading.Event()
+    failing = Failing(world)
+    assert failing._is_first_to_fail(RuntimeError(LOST[0]))
+    failing._is_failing, failing._lost = True, 2
+    watching = threading.Thread(target=failing._watch, args=(world.store, is_over, alone(failing)))
+    watching.start()
+    try:
+        assert str(failing._named(RuntimeError(LOST[0]))).startswith("rank 1: rank 2 is gone without a word")
+    finally:
+        is_over.set()
+        watching.join()
+
+
+def one_of_several(rank: int, size: int, port: int, killed: int) -> None:
+    """A rank that waits for all in a sum, or in the tree of a gathering; one is killed before it comes there."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = World(rank, rank, size, local_size=size)
+    failing = Failing(world)
+
+    def main() -> None:
+        with joined(world, torch.device("cpu")), failing.watched():
+            channel = world.channel(timedelta(seconds=LONG_S))
+            world.wait_for_all()
+            if rank == killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            world.greatest(1.0) if rank % 2 else channel.gather(rank)
+
+    failing.exit_together(main)
+
+
+@pytest.mark.parametrize(("size", "killed"), [(2, 1), (5, 3)])
+def test_one_rank_says_which_is_gone_and_all_end(size, killed):
+    port = free_port()
+    ranks = [Forked(one_of_several, rank, size, port, killed) for rank in range(size)]
+    said = [rank.communicate(LONG_S)[1] for rank in ranks]
+    assert [rank.returncode == -signal.SIGKILL for rank in ranks] == [rank == killed for rank in range(size)]
+    assert all(rank.returncode for rank in ranks)
+    (error,) = [line for err in said for line in err.splitlines() if line.startswith("error: ")]
+    assert f": rank {killed} is gone without a word" in error
 
 
 @pytest.mark.parametrize("text", LATE)
