@@ -15,10 +15,10 @@ _MANY_RANKS = 8
 
 @dataclass(frozen=True)
 class Dealing:
-    """Which samples of a global batch of G make up which batch, S batches of B; the same for every update."""
+    """Which samples of a global batch of G make up which of S batches of B, or of some of them; as in every update."""
 
     positions: np.ndarray
-    """int64 (S, B), each number from 0 to G - 1 once: places in the epoch's order, counted from the update's first."""
+    """int64 (S, B), each of 0 to G - 1 once in all: places in the epoch's order, counted from the update's first."""
     blocks: np.ndarray
     """int64 (S, B): the mixing block that each sample belongs to."""
     num_blocks: int
@@ -26,27 +26,75 @@ class Dealing:
     """bool (S, B): samples that have no partner, though they mirror another one in their batch."""
 
 
-def deal(global_batch: int, batch_size: int, block: int) -> Dealing:
+def deal(global_batch: int, batch_size: int, block: int, own: slice = slice(None)) -> Dealing:
     """Deal G samples out to batches so that partners share a batch and mirror each other in it.
 
     Each `block` of consecutive samples (0: all) is mirrored in itself: in a block of M samples, i and M - 1 - i are
     partners. The last block may be shorter; the middle sample of an odd block is alone. Partners do not depend on
     `batch_size` as long as that is even, or as every batch can have the middle of a block in its own middle; else
-    batches are consecutive samples, each batch mirrored in itself.
+    batches are consecutive samples, each batch mirrored in itself. `own`: deal only these.
     """
-    slots, half = global_batch // batch_size, batch_size // 2
-    sides = _sides(global_batch, block)
-    first = np.concatenate([np.arange(low, low + (high - low) // 2) for low, high in sides])
-    partner = np.concatenate([np.arange(high - 1, high - 1 - (high - low) // 2, -1) for low, high in sides])
-    middles = _middles(sides)
-    if not _keeps_partners(batch_size, slots, len(middles)):
-        positions, alone = np.arange(global_batch).reshape(slots, batch_size), middles[:0]
+    slots, half, is_odd = global_batch // batch_size, batch_size // 2, batch_size % 2
+    some = range(slots)[own]
+    slots_S1 = np.arange(some.start, some.stop, some.step)[:, None]
+    blocks = _Blocks.of(global_batch, block)
+    if not _keeps_partners(batch_size, slots, blocks.num_middles):
+        positions, first_alone = slots_S1 * batch_size + np.arange(batch_size), blocks.num_middles
     else:
-        own, alone = np.split(middles, [slots * (batch_size % 2)])
-        first, partner = np.concatenate([first, alone[::2]]), np.concatenate([partner, alone[1::2]])
-        mirrored = partner.reshape(slots, half)[:, ::-1]
-        positions = np.concatenate([first.reshape(slots, half), own.reshape(slots, batch_size % 2), mirrored], axis=1)
-    return Dealing(positions, positions // (block or global_batch), len(sides), np.isin(positions, alone))
+        first_alone = slots * is_odd
+        first, partner = blocks.pairs(slots_S1 * half + np.arange(half), first_alone)
+        positions = np.concatenate([first, blocks.middles(slots_S1)[:, :is_odd], partner[:, ::-1]], axis=1)
+    is_alone = blocks.are_middles(positions, first_alone)
+    return Dealing(positions, positions // blocks.size, -(-global_batch // blocks.size), is_alone)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of `size` samples, of which `whole` are whole, and one of `rest` behind them unless that is 0."""
+
+    size: int
+    whole: int
+    rest: int
+
+    @classmethod
+    def of(cls, global_batch: int, block: int) -> _Blocks:
+        size = min(block or global_batch, global_batch)
+        return cls(size, *divmod(global_batch, size))
+
+    @property
+    def num_middles(self) -> int:
+        """Blocks that have a middle sample."""
+        return self.whole * (self.size % 2) + self.rest % 2
+
+    def pairs(self, numbers: np.ndarray, first_alone: int) -> tuple[np.ndarray, np.ndarray]:
+        """Both samples of each pair: those of the blocks in turn, then middle ones from `first_alone` on, by two."""
+        each = self.size // 2
+        blocks = np.minimum(numbers // max(1, each), self.whole)
+        begin, inside = blocks * self.size, numbers - blocks * each
+        mirrored = begin + self._sizes(blocks) - 1 - inside
+        rest = numbers - (self.whole * each + self.rest // 2)
+        middle = first_alone + 2 * rest
+        is_rest = rest >= 0
+        first = np.where(is_rest, self.middles(middle), begin + inside)
+        return first, np.where(is_rest, self.middles(middle + 1), mirrored)
+
+    def middles(self, numbers: np.ndarray) -> np.ndarray:
+        """The middle samples of these numbers, counted over the blocks that have one."""
+        blocks = numbers + self._first_with_middle
+        return blocks * self.size + self._sizes(blocks) // 2
+
+    def are_middles(self, positions: np.ndarray, first: int) -> np.ndarray:
+        """Whether each sample is a middle one, from number `first` on."""
+        blocks = positions // self.size
+        is_middle = 2 * (positions - blocks * self.size) + 1 == self._sizes(blocks)
+        return is_middle & (blocks - self._first_with_middle >= first)
+
+    @property
+    def _first_with_middle(self) -> int:
+        return 0 if self.size % 2 else self.whole
+
+    def _sizes(self, blocks: np.ndarray) -> np.ndarray:
+        return np.where(blocks < self.whole, self.size, self.rest)
 
 
 def dealt_repeats(update: int, global_batch: int, positions: np.ndarray, repeats: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +158,7 @@ def _fewest_steps(global_batch: int, largest: int, ranks: int, block: int | None
     own, rest = divmod(global_batch, ranks)
     if rest:
         return 0
-    middles = None if block is None else len(_middles(_sides(global_batch, block)))
+    middles = None if block is None else _Blocks.of(global_batch, block).num_middles
     for steps in range(-(-own // largest), own + 1):
         if own % steps == 0 and (middles is None or _keeps_partners(own // steps, ranks * steps, middles)):
             return steps
@@ -120,13 +168,3 @@ def _fewest_steps(global_batch: int, largest: int, ranks: int, block: int | None
 def _keeps_partners(batch_size: int, slots: int, num_middles: int) -> bool:
     """Whether partners of a block can share a batch; else each batch is mirrored in itself."""
     return batch_size % 2 == 0 or num_middles >= slots
-
-
-def _sides(global_batch: int, block: int) -> list[tuple[int, int]]:
-    """For each block, its first sample and the one after its last."""
-    block = min(block or global_batch, global_batch)
-    return [(start, min(start + block, global_batch)) for start in range(0, global_batch, block)]
-
-
-def _middles(sides: list[tuple[int, int]]) -> np.ndarray:
-    return np.array([(low + high) // 2 for low, high in sides if (high - low) % 2], np.int64)

@@ -97,10 +97,10 @@ class TrainPlan:
         check_global_batch(epoch_length, batch_size, world_size, accum_steps)
         if self.num_samples >= 2**32:
             raise UserError(f"{self.num_samples} samples are more than the plan can number (2**32 - 1).")
-        dealing = deal(global_batch, batch_size, rules.mixing.block if rules.mixing.is_on else 0)
-        self._num_blocks = dealing.num_blocks
-        of_all = dealing.positions, dealing.blocks, dealing.is_alone
-        self._positions_AB, self._blocks_AB, self._is_alone_AB = (each[rank::world_size].copy() for each in of_all)
+        block = rules.mixing.block if rules.mixing.is_on else 0
+        dealing = deal(global_batch, batch_size, block, slice(rank, None, world_size))
+        self._num_blocks, self._positions_AB = dealing.num_blocks, dealing.positions
+        self._blocks_AB, self._is_alone_AB = dealing.blocks, dealing.is_alone
         self._order_of_epoch: tuple[int, Order] | None = None
         has_one_draw = not self._is_alone_AB.any() and bool((self._blocks_AB == self._blocks_AB[:, :1]).all())
         self._mixes_batches = rules.mixing.mode == "batch" and has_one_draw

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,20 +80,19 @@ class Meter:
         """
         return self.read_with([], world)[0]
 
-    def read_with(self, own: Sequence[float], world: World) -> tuple[Means, list[list[float]]]:
-        """The result of `read`, and the `own` numbers of every rank, in order, which are sent with the sums."""
+    def read_with(self, own: Sequence[float], world: World) -> tuple[Means, np.ndarray]:
+        """The result of `read`, and the `own` numbers of every rank, float64 (W, F), which are sent with the sums."""
         numbers = torch.zeros(world.size, len(own), dtype=torch.float64)
         numbers[world.rank] = torch.tensor(own, dtype=torch.float64)
         together = torch.cat([self._sums, numbers.flatten().to(self._sums.device)])
         world.sum(together)
-        sums = together.tolist()
-        loss, hits = (one / max(1, len(self._lrs) * world.size) for one in sums[:2])
+        sums = together.cpu().numpy()
+        loss, hits = (one / max(1, len(self._lrs) * world.size) for one in sums[:2].tolist())
         if not math.isfinite(loss):
             self._raise_not_finite(world)
         self._sums.zero_()
         self._lrs.clear()
-        by_rank = [sums[2 + rank * len(own) :][: len(own)] for rank in range(world.size)]
-        return Means(loss, 100 * hits), by_rank
+        return Means(loss, 100 * hits), sums[2:].reshape(world.size, len(own))
 
     def _raise_not_finite(self, world: World) -> None:
         number = int(world.least(self._bad_update))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from lowrank_vit.common.devices import Spans, TimedMark
@@ -73,7 +74,7 @@ class Clock:
 
 
 class Stretch(NamedTuple):
-    """A series of updates on one rank."""
+    """A series of updates on one rank; or on all ranks, with an array (W,) for each number."""
 
     images: float = 0
     """Images of all ranks."""
@@ -90,26 +91,20 @@ class Stretch(NamedTuple):
         """This stretch and a later one together."""
         return Stretch(*(a + b for a, b in zip(self, later, strict=True)))
 
-    @property
-    def wait_share(self) -> float:
-        """Share of time spent waiting for data, 0-1; 0 for no time."""
-        return min(1.0, self.wait_s / self.train_s) if self.train_s > 0 else 0.0
-
 
 class FirstUpdates:
     """The first updates of a process after warm-up, as one stretch for each rank."""
 
     def __init__(self, images: int) -> None:
         """`images`: the least number of images, of all ranks."""
-        self._wanted, self._so_far = images, list[Stretch]()
+        self._wanted, self._so_far = images, Stretch()
 
-    def add(self, stretches: Sequence[Stretch]) -> list[Stretch] | None:
-        """Add the next stretch of each rank; returns the total once, when there are enough images."""
+    def add(self, ranks: Stretch) -> Stretch | None:
+        """Add the next stretch of all ranks; returns the total once, when there are enough images."""
         if self._wanted <= 0:
             return None
-        before = self._so_far or [Stretch()] * len(stretches)
-        self._so_far = [a.and_then(b) for a, b in zip(before, stretches, strict=True)]
-        if self._so_far[0].images < self._wanted:
+        self._so_far = self._so_far.and_then(ranks)
+        if np.ravel(self._so_far.images)[0] < self._wanted:
             return None
         self._wanted = 0
         return self._so_far
@@ -127,16 +122,16 @@ class Speed:
     """That rank."""
 
     @classmethod
-    def of(cls, stretches: Sequence[Stretch]) -> Speed:
-        """From the same stretch on each rank, in order of the ranks."""
-        shares = [one.wait_share for one in stretches]
-        seconds, longest = max(one.train_s for one in stretches), max(shares)
-        img_per_s = stretches[0].images / seconds if seconds > 0 else 0.0
-        return cls(img_per_s, longest, shares.index(longest))
+    def of(cls, ranks: Stretch) -> Speed:
+        """From the same stretch on all ranks; the share of a rank without any time is 0."""
+        images, train_s, wait_s, _ = np.reshape(np.array(ranks, np.float64), (4, -1))
+        shares = np.minimum(1.0, np.divide(wait_s, train_s, out=np.zeros_like(wait_s), where=train_s > 0))
+        seconds, rank = float(train_s.max()), int(shares.argmax())
+        return cls(float(images[0]) / seconds if seconds > 0 else 0.0, float(shares[rank]), rank)
 
 
 class RankFigures(NamedTuple):
-    """The figures that a rank shares with the others for a line of the log."""
+    """The figures that a rank shares with the others for a line of the log; or those of all, each an array (W,)."""
 
     interval: Stretch
     epoch: Stretch
@@ -148,9 +143,8 @@ class RankFigures(NamedTuple):
         return [*self.interval, *self.epoch, self.memory_gb, *vars(self.loading).values()]
 
     @classmethod
-    def of(cls, numbers: Sequence[float]) -> RankFigures:
-        """From the result of `numbers`."""
+    def of(cls, numbers: Any) -> RankFigures:
+        """From the result of `numbers` on one rank, or from an array (F, W) of the results on all."""
         n = len(Stretch._fields)
         interval, epoch, (memory_gb, *loading) = numbers[:n], numbers[n : 2 * n], numbers[2 * n :]
-        stats = LoaderStats(*loading)  # type: ignore[arg-type]
-        return cls(Stretch(*interval), Stretch(*epoch), memory_gb, stats)
+        return cls(Stretch(*interval), Stretch(*epoch), memory_gb, LoaderStats(*loading))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowrank_vit.common.devices import Mark, current_stream, each_in_turn, in_turn, wait_for
 from lowrank_vit.config.options import Config
+from lowrank_vit.data.loader import LoaderStats
 from lowrank_vit.model.flops import memory_gb, mfu
 from lowrank_vit.ranks.failing import Failing
 from lowrank_vit.ranks.world import World
@@ -166,7 +168,7 @@ class Trainer:
 
     def _updates(self) -> Generator[Position]:
         setup, stopped_by = self.setup, ""
-        self.train_s, self._bad_counts, self._num_bad = 0.0, [0] * self.world.size, 0
+        self.train_s, self._bad_counts, self._num_bad = 0.0, np.zeros(self.world.size), 0
         self._cold_updates, self._switch_speed = COLD_UPDATES[self.config.step.compile], SwitchSpeed()
         self._first_updates = FirstUpdates(_RECHECKED_UPDATES * setup.plan.global_batch)
         self._say: Callable[[str], object] = self.world.say
@@ -307,19 +309,20 @@ class Trainer:
         loading = setup.train_loader.stats()
         clock.wait_s += loading.device_wait_s
         own = RankFigures(*clock.stretches(), memory_gb(setup.device), loading)
-        means, numbers = setup.step.meter.read_with(own.numbers(), self.world)
-        ranks = [RankFigures.of(one) for one in numbers]
+        means, numbers_WF = setup.step.meter.read_with(own.numbers(), self.world)
+        ranks = RankFigures.of(numbers_WF.T)
         sums.loss_sum += means.loss * (position.updates_done - sums.updates_logged)
         sums.updates_logged = position.updates_done
-        speed = Speed.of([one.interval for one in ranks])
+        speed = Speed.of(ranks.interval)
+        waited = RankFigures.of(numbers_WF[speed.wait_rank].tolist()).loading
         norm = setup.step.grad_norm
         figures = Figures(
             loss=means.loss,
             lr=sums.lr,
             img_per_s=speed.img_per_s,
             wait_share=speed.wait_share,
-            memory_gb=max(one.memory_gb for one in ranks),
-            loading=replace(ranks[speed.wait_rank].loading, bad_samples=self._count_bad(ranks)),
+            memory_gb=float(np.max(ranks.memory_gb)),
+            loading=replace(waited, bad_samples=self._count_bad(ranks.loading)),
             mfu=mfu(speed.img_per_s, setup.train_flops, setup.peak, self.world.size) if setup.train_flops else None,
             grad_norm=None if norm is None else float(norm),
             wait_rank=speed.wait_rank if self.world.size > 1 else None,
@@ -327,24 +330,25 @@ class Trainer:
         )
         self.outputs.log_interval(epoch, position.num_updates, figures, means.top1)
         if not self._cold_updates:
-            self._recheck_loader([one.interval for one in ranks])
+            self._recheck_loader(ranks.interval)
             if found := self._switch_speed.see(speed.img_per_s):
                 self.outputs.log_switch_speed(position.num_updates, *found)
-        return Speed.of([one.epoch for one in ranks])
+        return Speed.of(ranks.epoch)
 
-    def _recheck_loader(self, stretches: Sequence[Stretch]) -> None:
+    def _recheck_loader(self, stretch: Stretch) -> None:
         """Check once whether the first updates waited for a loader whose share of the JPEG engine was chosen."""
         share = self.setup.train_loader.engine_share
-        if share and self.world.is_first and (first := self._first_updates.add(stretches)):
+        if share and self.world.is_first and (first := self._first_updates.add(stretch)):
             speed, ranks = Speed.of(first), self.world.size
-            read = ranks * first[speed.wait_rank].read_bytes / first[0].images
+            images, *_, read_bytes = np.reshape(first, (4, -1))
+            read = ranks * float(read_bytes[speed.wait_rank] / images[0])
             if line := share.recheck(speed.img_per_s / ranks, speed.wait_share, read):
                 self.outputs.display.say(line)
 
-    def _count_bad(self, ranks: list[RankFigures]) -> int:
+    def _count_bad(self, ranks: LoaderStats) -> int:
         """How many different samples all ranks have skipped as damaged; gathered again when the counts change."""
-        counts = [int(one.loading.bad_samples) for one in ranks]
-        if counts != self._bad_counts:
+        counts = np.array(ranks.bad_samples)
+        if not np.array_equal(counts, self._bad_counts):
             found = self.world.gather_on_first(self.setup.train_loader.bad) or ()
             self._bad_counts, self._num_bad = counts, self.world.from_first(len(frozenset[int]().union(*found)))
         return self._num_bad

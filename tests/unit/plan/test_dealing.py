@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.plan.dealing import deal, split
 
+FIELDS = ("positions", "blocks", "is_alone")
+
 
 @settings(max_examples=200)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 200))
@@ -28,6 +30,20 @@ def test_dealing_is_a_permutation_whose_mirror_images_are_partners(batch, slots,
     else:
         mirrored = np.where(dealing.is_alone, dealing.positions, dealing.positions[:, ::-1])
         assert np.array_equal(mirrored, partners)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 9), st.integers(1, 6), st.integers(1, 3), st.integers(0, 60))
+def test_a_rank_deals_its_own_batches_alone(batch, ranks, steps, block):
+    global_batch = batch * ranks * steps
+    of_all = deal(global_batch, batch, block)
+    for rank in range(ranks):
+        own = slice(rank, None, ranks)
+        dealing = deal(global_batch, batch, block, own)
+        assert dealing.num_blocks == of_all.num_blocks
+        for found, expected in ((getattr(one, name) for one in (dealing, of_all)) for name in FIELDS):
+            assert found.dtype == expected.dtype
+            assert np.array_equal(found, expected[own])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -112,22 +113,25 @@ def test_but_what_a_device_had_still_to_do_is(now, held_s, waits, monkeypatch):
     assert clock.train_s == pytest.approx(21.0 if waits or held_s > 5 else 19.0)
 
 
+def of_all(*ranks: Stretch) -> Stretch:
+    """As the log has it of all ranks."""
+    return Stretch(*np.array(ranks).T)
+
+
 def test_the_first_updates_are_handed_over_once_there_are_enough():
     first = FirstUpdates(100)
-    assert first.add([Stretch(60, 6.0, 1.0), Stretch(60, 5.0, 2.0)]) is None
-    assert first.add([Stretch(50, 4.0, 0.0), Stretch(50, 5.0, 3.0)]) == [
-        Stretch(110, 10.0, 1.0),
-        Stretch(110, 10.0, 5.0),
-    ]
-    assert first.add([Stretch(100, 9.0, 9.0), Stretch(100, 9.0, 9.0)]) is None
+    assert first.add(of_all(Stretch(60, 6.0, 1.0), Stretch(60, 5.0, 2.0))) is None
+    found = first.add(of_all(Stretch(50, 4.0, 0.0), Stretch(50, 5.0, 3.0)))
+    assert np.transpose(found or ()).tolist() == [[110, 10.0, 1.0, 0], [110, 10.0, 5.0, 0]]
+    assert first.add(of_all(Stretch(100, 9.0, 9.0), Stretch(100, 9.0, 9.0))) is None
 
 
 def test_the_longest_waiting_of_all_ranks_and_the_slowest_clock_count():
-    ranks = [Stretch(100, 10.0, 0.1), Stretch(100, 8.0, 6.0), Stretch(100, 9.0, 6.0)]
-    assert Speed.of(ranks) == Speed(10.0, 0.75, 1)
-    assert Speed.of(ranks[:1]) == Speed(10.0, 0.01, 0)
-    assert Speed.of([Stretch(), Stretch()]) == Speed(0.0, 0.0, 0)
-    assert Speed.of([Stretch(1, 1.0, 2.0)]).wait_share == 1.0  # host and GPU may wait at the same time
+    ranks = [Stretch(100, 10.0, 0.1), Stretch(100, 8.0, 6.0), Stretch(100, 9.0, 6.75)]
+    assert Speed.of(of_all(*ranks)) == Speed(10.0, 0.75, 1)  # of equal ones the first
+    assert Speed.of(ranks[0]) == Speed(10.0, 0.01, 0)
+    assert Speed.of(of_all(Stretch(), Stretch())) == Speed(0.0, 0.0, 0)
+    assert Speed.of(Stretch(1, 1.0, 2.0)).wait_share == 1.0  # host and GPU may wait at the same time
 
 
 @dataclass
@@ -150,12 +154,15 @@ def test_the_numbers_of_all_ranks_travel_with_the_sums():
     meter.add(torch.tensor(1.0), torch.tensor(2), 2, 0, 0.1)
     means, numbers = meter.read_with([0.1, 3.5], Three())
     assert means == (1.0, 100.0)
-    assert numbers == [[-1.0, -1.0], [0.1, 3.5], [0.0, 0.0]]
+    assert numbers.tolist() == [[-1.0, -1.0], [0.1, 3.5], [0.0, 0.0]]
 
 
 def test_figures_are_the_same_behind_the_way():
     figures = RankFigures(Stretch(1, 0.1, 0.3), Stretch(2, 0.7, 1e-9), 1.5, LoaderStats(1.0, 2.0, 3.1, 4, 0.5))
     assert RankFigures.of(figures.numbers()) == figures
+    of_all_ranks = RankFigures.of(np.array([figures.numbers()] * 3).T)
+    assert of_all_ranks.epoch.train_s.tolist() == [0.7] * 3  # type: ignore[attr-defined]
+    assert of_all_ranks.loading.bad_samples.tolist() == [4] * 3  # type: ignore[attr-defined]
 
 
 def test_a_line_of_another_rank_carries_its_number(capsys):
