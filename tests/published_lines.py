@@ -56,8 +56,9 @@ class PublishedLine:
         steps = 2 if "--grad-accum-steps" in words else 1
         batch = IMAGES // UPDATES // steps
         end = f"""--data-dir {data_dir} --dataset folder --train-split train --val-split val --num-classes 2 --epochs 1
-            --warmup-epochs 0 -b {batch} -vb {IMAGES} --grad-accum-steps {steps} --log-interval 1 --device cpu --no-amp
-            --no-compile --loader resident --spec-monitor --spec-every 1 --output output --experiment run"""
+            --warmup-epochs 0 --cooldown-epochs 0 -b {batch} -vb {IMAGES} --grad-accum-steps {steps} --log-interval 1
+            --device cpu --no-amp --no-compile --loader resident --spec-monitor --spec-every 1 --output output
+            --experiment run"""
         return [*words, *shlex.split(f"{end} {self.small}")]
 
     def here(self) -> str:

@@ -66,6 +66,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_splits(tmp_path_factory.mktemp("photos"))
 
 
+@pytest.mark.filterwarnings("ignore:Mapping deprecated model name:UserWarning")  # timm's, of a line with an old name
 @pytest.mark.parametrize(
     "line",
     [pytest.param(line, marks=[] if line.trains in QUICK else pytest.mark.slow) for line in TRAINED],
