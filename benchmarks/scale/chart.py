@@ -82,8 +82,10 @@ def growth_chart(result: Result) -> bytes:
         if panel.sweep in axes.AXES:
             place.set_xscale("log")
             place.set_yscale("log")
-            for axis in (place.xaxis, place.yaxis):
-                log_ticks(axis)
+            log_ticks(place.yaxis)
+            at = sorted({x for cases in panel.lines.values() for x in cases})
+            place.set_xticks(at, [f"{x:,}" if x < 1e5 else f"{x:.3g}".replace("e+0", "e") for x in at])
+            place.set_xticks([], minor=True)
         else:
             place.set_xticks(sorted({x for cases in panel.lines.values() for x in cases}))
             place.set_ylim(bottom=0)
