@@ -22,7 +22,7 @@ RankRule = Literal["none", "energy", "mp", "kfac"]
 
 @dataclass(frozen=True)
 class LowRank:
-    """Training that puts layers in factors: once their directions have settled, at given epochs, or from the start."""
+    """Training that factorises layers: once their directions have settled, at given epochs, or from the start."""
 
     lowrank_init: Annotated[float | None, _SHARE_BELOW_1] = None
     """Factorise the target layers from the start, to this share of their parameters, by the SVD of their initial

@@ -15,9 +15,9 @@ SEEDS, EPOCHS = Range(0, 2**64 - 1), Range(0, 2**32 - 1)
 class Sizes(Protocol):
     """A set of N images as a plan needs it, such as a `Beton`."""
 
-    heights: np.ndarray
-    widths: np.ndarray
-    """int (N,) each, pixels."""
+    heights: Any
+    widths: Any
+    """int (N,) each, pixels: an array, also as a property or a cached one, or what can be made one."""
 
 
 class Steps(Protocol):

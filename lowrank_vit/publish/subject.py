@@ -115,7 +115,7 @@ def read_subject(options: ExportOptions, say: Say = terminal.say) -> Subject:
     scorer = load_scorer(ModelOptions(checkpoint=path, use_ema=is_ema), torch.device("cpu"), say, checkpoint)
     model, ranks, lora = scorer.model, ranks_of(scorer.model), checkpoint.lora
     if (ranks or lora) and not options.merge:
-        what = f"{len(ranks)} layers in factors" if ranks else f"adapters at {len(lora.layers) if lora else 0} layers"
+        what = f"{len(ranks)} factorised layers" if ranks else f"adapters at {len(lora.layers) if lora else 0} layers"
         raise UserError(
             f"--no-merge: {path} has {what}, which timm cannot load. Leave --no-merge out: they are merged into layers "
             "of their original shapes."

@@ -84,18 +84,20 @@ class Display:
 
     def __init__(self, total_updates: int, done_updates: int, *, is_silent: bool = False) -> None:
         self.console = Console(highlight=False, soft_wrap=True, quiet=is_silent)
+        # Not `is_terminal`, which is also true of a pipe where FORCE_COLOR is set, as in a notebook's %%bash.
+        self._is_live = self.console.is_interactive and self.console.file.isatty()
         is_wide = self.console.width > _NARROW
         self._progress = Progress(
             TextColumn("{task.fields[epoch]}"),
             BarColumn(bar_width=None if is_wide else 4),
             TextColumn("{task.fields[status]}"),
             console=self.console,
-            disable=is_silent or not self.console.is_terminal,
+            disable=is_silent or not self._is_live,
             expand=is_wide,
             transient=True,
         )
         self._room = self.console.width - (_BAR_WIDE if is_wide else _BAR_NARROW)
-        self._is_live, self._is_silent, self._free_lines = self.console.is_terminal, is_silent, _FREE_LINES
+        self._is_silent, self._free_lines = is_silent, _FREE_LINES
         self._is_read = True
         self._steady = Steady(total_updates, None if self._is_live or is_silent else self.say, done_updates)
         self._task: TaskID = self._progress.add_task(

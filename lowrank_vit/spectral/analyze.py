@@ -84,7 +84,7 @@ def choose_weights(
     """Name to matrix on `device`, and the names of those whose rows are known to be Q, K and V.
 
     That layout follows from `arch`, timm's name of the model; without it from the names in `state`, for a plain ViT. A
-    layer in factors counts as the layer it replaces. Raises `UserError`, see `choose_targets`.
+    factorised layer counts as the layer it replaces. Raises `UserError`, see `choose_targets`.
     """
     state = with_products(state)
     watched = choose_targets(state, targets, split_qkv, fused_qkv_of_state(state, arch), flags="--")

@@ -255,7 +255,7 @@ def circuits_of_state(
 
     Args:
         model: a model that the state fits; its own weights are not read and may be on torch's device meta.
-        state: float32 or float64; a layer in factors counts as their product.
+        state: float32 or float64; a factorised layer counts as its product.
         circuits, flag: see `attention_blocks`.
         cpu_threads: see `circuits_by_block`.
 

@@ -24,7 +24,7 @@ def targets_of_model(
 ) -> dict[str, Target]:
     """`choose_targets` for any model, given without outer wrappers. Raises `UserError`.
 
-    Names are without the parts that torch.compile, activation checkpointing and PEFT insert. A layer in factors counts
+    Names are without the parts that torch.compile, activation checkpointing and PEFT insert. A factorised layer counts
     as the layer it replaces; so does a layer whose weight is computed otherwise (`model.computed`).
     """
     weights, embeddings = with_products(weights_by_path(model)), set[str]()
@@ -53,7 +53,7 @@ def layer_of(model: nn.Module, target: Target) -> nn.Module | None:
 def matrices_of(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, Tensor]:
     """The watched matrices of a model, see `take_targets`.
 
-    A layer in factors gives a float64 copy of their product, a layer with an adapter one of their sum. Raises
+    A factorised layer gives a float64 copy of its product, a layer with an adapter one of the sum. Raises
     `UserError` for a layer whose effective weight is not known.
     """
 
@@ -67,7 +67,7 @@ def matrices_of(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, Te
 
 
 def ranks_of_factors(model: nn.Module, watched: Mapping[str, Target]) -> dict[str, int]:
-    """An upper bound of the rank of each matrix of a layer in factors, by name; other matrices are left out."""
+    """An upper bound of the rank of each matrix of a factorised layer, by name; other matrices are left out."""
     layers = {name: layer_of(model, target) for name, target in watched.items()}
     return {
         name: layer.rank * (layer.parts if watched[name].third is None else 1)

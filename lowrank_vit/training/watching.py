@@ -124,8 +124,12 @@ def finish_spectra(monitor: SpectralMonitor, outputs: Outputs) -> None:
     say = outputs.display.say  # rank 0 has the figures of all ranks
     if monitor.skipped:
         say(
-            f"{monitor.skipped} spectral refreshes were skipped because the previous one was still running; a "
-            "larger --spec-every avoids this"
+            f"{_counted(monitor.skipped)} skipped because the previous one was still running; a larger --spec-every "
+            "avoids this"
         )
     if monitor.failed:
-        say(f"{monitor.failed} spectral refreshes failed; the first was reported above. Training missed nothing")
+        say(f"{_counted(monitor.failed)} not finished; the first error is above. Training missed nothing")
+
+
+def _counted(refreshes: int) -> str:
+    return "1 spectral refresh was" if refreshes == 1 else f"{refreshes} spectral refreshes were"

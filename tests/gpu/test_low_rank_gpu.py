@@ -1,4 +1,4 @@
-"""Low rank on a CUDA device: layers in factors, moments, and how the factors come about."""
+"""Low rank on a CUDA device: factorised layers, moments, and how the factors come about."""
 
 from __future__ import annotations
 

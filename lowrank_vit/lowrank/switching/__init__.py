@@ -1,1 +1,1 @@
-"""Layers of a training put in factors on the way: when, of which rank, and what becomes of the optimizer."""
+"""Layers factorised during a training: when, of which rank, and what becomes of the optimizer."""

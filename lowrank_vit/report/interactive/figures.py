@@ -247,7 +247,7 @@ def switching_figure(switching: Switching, run: Run, pack: Packer) -> dict[str, 
     title = tr("Ranks of the layers in a dry run") if switching.is_dry else tr("Ranks of the layers")
     rank_panel = panel(title, tr("update"), tr("rank"), ranks, height=420)
     return figure(
-        "lowrank", tr("Layers in factors"), tr("Dashed upright lines: switches."),
+        "lowrank", tr("Factorised layers"), tr("Dashed upright lines: switches."),
         {tr("ranks"): [rank_panel], tr("evidence by type"): evidence},
     )  # fmt: skip
 

@@ -86,12 +86,12 @@ def _of_spectra(run: Run) -> list[Finding]:
 
 
 def _of_switches(switching: Switching) -> list[Finding]:
-    """The sentence that layers were put in factors, which outweighs the change of their spectra."""
+    """The sentence that layers were factorised, which outweighs the change of their spectra."""
     done = [one for one in switching.switches if not one.is_dry]
     if not done:
         return []
     count, lines = len(switching.ranks_after(len(switching.switches))), in_words(switching)
-    text = tr("{n} of {all} layers were put in factors; the last time at {when}.", n=count,
+    text = tr("{n} of {all} layers were factorised; the last time at {when}.", n=count,
               all=len(switching.layers), when=lines[-1])  # fmt: skip
     return [Finding(text, _SWITCHED, "switches")]
 

@@ -53,7 +53,7 @@ def switching_plot(run: Run) -> bytes | None:
         _verdicts(panels[1], switching, full, end)
         _evidence(below[0], switching, end)
     style_bar(above.colorbar(shown, ax=list(panels), shrink=0.7, pad=0.01), "of the full rank")
-    what = "would be in factors (dry run)" if switching.is_dry else "are in factors"
+    what = "would be factorised (dry run)" if switching.is_dry else "are factorised"
     model = f"{run.args['model']}  ·  " if run.args.get("model") else ""
     count = len(switching.ranks_after(len(switching.switches)))
     title = "Ranks of the layers in a dry run" if switching.is_dry else "Ranks of the layers"

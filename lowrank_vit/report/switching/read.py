@@ -1,4 +1,4 @@
-"""Reads the "lowrank" lines of a run's log: when layers were put in factors, with which rank and which evidence."""
+"""Reads the "lowrank" lines of a run's log: when layers were factorised, with which rank and which evidence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EVIDENCE = {
 
 @dataclass(frozen=True)
 class Switch:
-    """Layers that were put in factors at one update, or would have been."""
+    """Layers that were factorised at one update, or would have been."""
 
     update: int
     """The update at which it happened."""
@@ -78,7 +78,7 @@ class Switching:
     switches: list[Switch]
     looks: list[Look]
     refusals: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
-    """Updates at which a switch was due but no layer was put in factors, and why."""
+    """Updates at which a switch was due but no layer was factorised, and why."""
     rates: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
     """Images per second of each interval of the log, by its last update."""
     measured: dict[int, tuple[float, float]] = field(default_factory=dict[int, tuple[float, float]])
@@ -96,7 +96,7 @@ class Switching:
         return sorted(found | dict.fromkeys(name for one in self.switches for name in one.ranks), key=_block)
 
     def ranks_after(self, count: int) -> dict[str, int]:
-        """The rank of every layer in factors after `count` switches; whole layers are left out."""
+        """The rank of every factorised layer after `count` switches; whole layers are left out."""
         ranks: dict[str, int] = {}
         for one in self.switches[:count]:
             ranks |= one.ranks
@@ -204,11 +204,11 @@ def in_words(switching: Switching) -> list[str]:
     for one, speed in zip(switching.switches, switching.speeds(), strict=True):
         forms = (
             (
-                msg("update {at:,}: {n} layer would be put in factors"),
-                msg("update {at:,}: {n} layers would be put in factors"),
+                msg("update {at:,}: {n} layer would be factorised"),
+                msg("update {at:,}: {n} layers would be factorised"),
             )
             if one.is_dry
-            else (msg("update {at:,}: {n} layer put in factors"), msg("update {at:,}: {n} layers put in factors"))
+            else (msg("update {at:,}: {n} layer factorised"), msg("update {at:,}: {n} layers factorised"))
         )
         parts = [tr(forms[len(one.ranks) != 1], at=one.update, n=len(one.ranks))]
         changes = {tr("M parameters"): _parameters(one), tr("GFLOP an image"): _flops(one)}
@@ -232,7 +232,7 @@ def tables(switching: Switching, shapes: Mapping[str, tuple[int, int]]) -> list[
 
 def notes(switching: Switching) -> list[str]:
     """A line for each time that a switch was due but layers stayed as they were."""
-    text = msg("At update {n:,} no layer was put in factors: {why}.")
+    text = msg("At update {n:,} no layer was factorised: {why}.")
     return [tr(text, n=update, why=why) for update, why in switching.refusals]
 
 
@@ -272,13 +272,13 @@ def _switches(switching: Switching) -> Table:
         )
     columns = [tr("update"), tr("why"), tr("layers"), tr("targets left"), tr("M parameters"), tr("GFLOP an image"),
                "img/s", tr("loss, one batch")]  # fmt: skip
-    title = tr("Layers put in factors")
+    title = tr("Factorised layers")
     note = tr(
         "FLOPs of training on one image; loss on the same images before and after. img/s are medians of the log's "
         "intervals up to the next switch, without the one in which the step is recompiled. ?: not measured."
     )
     if switching.is_dry:
-        title = tr("Layers that would be put in factors (dry run)")
+        title = tr("Layers that would be factorised (dry run)")
         note = tr(
             "FLOPs of training on one image; loss on the same images. Each row is compared with the whole model. "
             "?: not measured."

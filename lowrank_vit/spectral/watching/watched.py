@@ -204,7 +204,7 @@ def remark_on_directions(model: nn.Module, optimizer: Optimizer, watched: Mappin
     for name, target in watched.items():
         weight = _weight(model, target)
         if weight is None:
-            why = "the layer is in factors or has an adapter, and the optimizer steps those"
+            why = "the layer is factorised or has an adapter, and the optimizer steps those"
         else:
             why = why_no_direction(optimizer, groups[weight]) if weight in groups else "the optimizer does not step it"
         if why:
@@ -224,7 +224,7 @@ def _groups(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
 
 
 def _weight(model: nn.Module, target: Target) -> nn.Parameter | None:
-    """The target's parameter; None for a layer that is in factors, has an adapter or is parametrized."""
+    """The target's parameter; None for a layer that is factorised, has an adapter or is parametrized."""
     layer = layer_of(model, target)
     owner, _, name = target.module.rpartition(".")
     layer, name = (layer_of(model, Target(owner)) if owner else model, name) if layer is None else (layer, "weight")

@@ -1,4 +1,4 @@
-"""Layers in factors: what they compute, what they cost, and what becomes of a model that is put into them."""
+"""Factorised layers: what they compute, what they cost, and what becomes of a model that is put into them."""
 
 from __future__ import annotations
 

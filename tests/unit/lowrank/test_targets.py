@@ -1,4 +1,4 @@
-"""Which layers may be put in factors, and what a stranger is told of those that may not."""
+"""Which layers may be factorised, and what a stranger is told of those that may not."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_layer_whose_weight_the_model_reads_itself_is_refused_by_name_and_the_
 
 
 class _Odd(nn.Module):
-    """Layers of which only some may be put in factors."""
+    """Layers of which only some may be factorised."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Layers in factors and the files that hold them: rebuilt by every reader, refused where ranks and factors disagree."""
+"""Factorised layers and the files that hold them: rebuilt by every reader, refused where ranks and factors disagree."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_layers_in_factors_are_merged_or_refused(tmp_path, capsys):
     name, content = "blocks.1.mlp.fc1", content_of(better="model")
     content["state_dict"] = factors(content["state_dict"], name)
     run = write_run(tmp_path / "run", content | {"lowrank_ranks": {name: 4}})
-    with pytest.raises(UserError, match=r"--no-merge: .* has 1 layers in factors, which timm cannot load"):
+    with pytest.raises(UserError, match=r"--no-merge: .* has 1 factorised layers, which timm cannot load"):
         put(run, tmp_path / "out", "--no-merge")
     assert not (tmp_path / "out").exists()
     made = put(run, tmp_path / "out")

@@ -80,7 +80,7 @@ def test_a_run_without_such_lines_has_no_section(tmp_path):
     assert read_switching(tmp_path) is None
     write_report(tmp_path)
     assert not (tmp_path / "report" / "lowrank.png").exists()
-    assert "in factors" not in (tmp_path / "report.html").read_text()
+    assert "factorised" not in (tmp_path / "report.html").read_text()
 
 
 def test_ranks_evidence_and_switches_are_drawn_and_told(tmp_path):
@@ -88,7 +88,7 @@ def test_ranks_evidence_and_switches_are_drawn_and_told(tmp_path):
     write_report(log(tmp_path, *lines, end='{"kind": "lowrank", "update": 90, "event'))
     assert (tmp_path / "report" / "lowrank.png").read_bytes().startswith(b"\x89PNG")
     html = (tmp_path / "report.html").read_text()
-    for text in ("Layers put in factors", "4 → 1", "3 → 1", "1.2500 → 1.5000", "15.0 %", "25.0 %", "Ranks by layer"):
+    for text in ("Factorised layers", "4 → 1", "3 → 1", "1.2500 → 1.5000", "15.0 %", "25.0 %", "Ranks by layer"):
         assert text in html
     found = read_switching(tmp_path)
     assert found is not None
@@ -109,7 +109,7 @@ def test_speed_is_that_before_and_after_without_the_interval_that_compiles(tmp_p
     assert found is not None
     assert found.speeds() == [(105, 310)]  # 50, 100, 120, 110; then 20 is left out
     (line,) = in_words(found)
-    assert line == "update 40: 4 layers put in factors, 4 → 1 M parameters, 3 → 1 GFLOP an image, 105 → 310 img/s"
+    assert line == "update 40: 4 layers factorised, 4 → 1 M parameters, 3 → 1 GFLOP an image, 105 → 310 img/s"
 
 
 def test_a_scheduled_switch_comes_before_its_update(tmp_path):
@@ -124,7 +124,7 @@ def test_what_is_not_known_is_left_out_of_a_line(tmp_path, rates):
     found = read_switching(log(tmp_path, *rates, switch(40, LAYERS[:1], 8, flops=None)))
     assert found is not None
     assert math.isnan(found.speeds()[0][1])
-    assert in_words(found) == ["update 40: 1 layer put in factors, 4 → 1 M parameters, 3 → ? GFLOP an image"]
+    assert in_words(found) == ["update 40: 1 layer factorised, 4 → 1 M parameters, 3 → ? GFLOP an image"]
 
 
 def test_a_dry_run_and_a_refusal_say_what_they_are(tmp_path):
@@ -132,13 +132,13 @@ def test_a_dry_run_and_a_refusal_say_what_they_are(tmp_path):
     refused = {"kind": "lowrank", "update": 60, "event": "refused", "why": "the budget has no room"}
     write_report(log(tmp_path, *RATES, dry, refused))
     html = (tmp_path / "report.html").read_text()
-    assert "would be put in factors (dry run)" in html
+    assert "would be factorised (dry run)" in html
     assert "parameters left" not in html
-    assert "At update 60 no layer was put in factors: the budget has no room." in html
+    assert "At update 60 no layer was factorised: the budget has no room." in html
     found = read_switching(tmp_path)
     assert found is not None
     assert found.is_dry
-    assert "4 layers would be put in factors" in in_words(found)[0]
+    assert "4 layers would be factorised" in in_words(found)[0]
     assert "img/s" not in in_words(found)[0]
 
 
@@ -153,7 +153,7 @@ def test_refusals_alone_are_notes_and_no_picture(tmp_path):
     log(tmp_path, {"kind": "lowrank", "update": 9, "event": "refused", "why": "weights are not finite"})
     found = read_switching(tmp_path)
     assert found is not None
-    assert notes(found) == ["At update 9 no layer was put in factors: weights are not finite."]
+    assert notes(found) == ["At update 9 no layer was factorised: weights are not finite."]
     assert [table.rows for table in tables(found, {})] == [[], []]
     assert switching_plot(read_run(tmp_path)) is None
 
@@ -255,5 +255,5 @@ def test_a_run_ends_with_what_its_switches_did(tmp_path):
     log(tmp_path, *RATES, switch(40, LAYERS, 8))
     result = Result(tmp_path, "top1", 90.0, 3, 60.0)
     config = parse("--synthetic --spec-monitor --lowrank-train kfac".split())
-    assert "update 40: 4 layers put in factors" in _farewell(result, config, World())
-    assert "in factors" not in _farewell(result, parse(["--synthetic"]), World())
+    assert "update 40: 4 layers factorised" in _farewell(result, config, World())
+    assert "factorised" not in _farewell(result, parse(["--synthetic"]), World())

@@ -36,11 +36,17 @@ def test_what_is_not_known_is_left_out():
     assert "MFU" not in in_words(Figures(1.0, 0.1, 10.0, 0.0, 1.0, LoaderStats(0, 0, 0, 0)), 200)
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.mark.parametrize("columns", [60, 80, 100, 101, 160])
 def test_the_live_line_fits_the_terminal(monkeypatch, columns):
     def console(**_) -> Console:
-        return Console(file=io.StringIO(), width=columns, force_terminal=True, highlight=False)
+        return Console(file=Terminal(), width=columns, highlight=False)
 
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("lowrank_vit.run.progress.Console", console)
     with Display(75_000, 0) as display:
         display.update(12_345, "123/300", FIGURES)
@@ -52,6 +58,20 @@ def test_the_live_line_fits_the_terminal(monkeypatch, columns):
     assert "ETA" in lines[0]
     assert "12,346 img/s" in lines[0]
     assert "…" not in lines[0]
+
+
+@pytest.mark.parametrize(("file", "term"), [(io.StringIO, "xterm-color"), (Terminal, "dumb")])
+def test_lines_where_a_live_line_cannot_be_drawn(monkeypatch, file, term):
+    """A notebook's pipe, for which colours are asked, and a terminal that cannot move its cursor."""
+    out = file()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr("sys.stdout", out)
+    with Display(100, 0) as display:
+        display.update(10, "1/10", FIGURES)
+        display.update(20, "2/10", FIGURES)
+    assert "update 10/100" in out.getvalue()
+    assert "\x1b[2K" not in out.getvalue()
 
 
 def test_other_ranks_are_silent(capsys):

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def small_model() -> torch.nn.Module:
-    """Compiled in a moment; its layer "3" is put in factors."""
+    """Compiled in a moment; its layer "3" is factorised."""
     torch.manual_seed(0)
     layers = torch.nn.Linear(768, 24), torch.nn.ReLU(), torch.nn.Linear(24, 24), torch.nn.Linear(24, NUM_CLASSES)
     return torch.nn.Sequential(torch.nn.Flatten(), *layers)

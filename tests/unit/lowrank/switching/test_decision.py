@@ -40,7 +40,7 @@ def test_what_is_due_counts_by_the_parameters_that_could_still_go():
     assert share_of_due({"b": 3}, {"a": 5}, costs) == 1.0
     assert share_of_due({"a": 3}, {"a": 5}, costs) == 200 / 1400  # a has 200 by now
     assert share_of_due({"a": 3, "b": 3}, {"a": 5}, costs) == 1.0
-    assert share_of_due({"a": 3}, {"a": 5, "b": 10}, costs) == 200 / 1000  # all are in factors, and may shrink
+    assert share_of_due({"a": 3}, {"a": 5, "b": 10}, costs) == 200 / 1000  # all are factorised, and may shrink
     assert share_of_due({"a": 3}, {"a": 5, "b": 1}, costs) == 1.0  # but for one of rank 1
     assert share_of_due({}, {"a": 1, "b": 1}, costs) == 0.0
 
