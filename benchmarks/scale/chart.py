@@ -90,7 +90,8 @@ def growth_chart(result: Result) -> bytes:
             place.set_xticks(sorted({x for cases in panel.lines.values() for x in cases}))
             place.set_ylim(bottom=0)
         if len(panel.lines) > 1:
-            place.legend(frameon=False, fontsize=8.5 if len(panel.lines) < 4 else 6)
+            beside = {} if len(panel.lines) < 4 else {"loc": "upper left", "bbox_to_anchor": (1, 1.04)}
+            place.legend(frameon=False, fontsize=8.5, **beside)
     for place in places[len(panels) :]:
         place.set_visible(False)
     heading(figure, "Bench: growth", where(result))

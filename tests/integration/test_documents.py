@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -250,6 +251,20 @@ def test_commands(document, place, monkeypatch, sketched):
     reader = Reader(place, monkeypatch)
     for block in blocks(document):
         reader.read(block)
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name.endswith(".ipynb")])
+def test_a_notebook_shows_what_it_printed_and_drew(document):
+    cells = json.loads((ROOT / document).read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    shown = sum("plt.show()" in "".join(cell["source"]) for cell in cells)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == shown > 0
+    runs = [cell for cell in cells if cell["cell_type"] == "code" and "lowrank_vit." in "".join(cell["source"])]
+    assert runs
+    assert all(cell["outputs"] for cell in runs)
+    printed = "".join("".join(output.get("text", ())) for output in outputs)
+    assert "top-1" in printed
+    assert not re.search(r"\x1b|Traceback|(?m:^| )/\w", printed)  # no control sequence, and no path of a machine
 
 
 @pytest.mark.parametrize(

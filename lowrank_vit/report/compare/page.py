@@ -39,7 +39,7 @@ def draw_comparison(paths: Sequence[Path], out: Path | None, *, with_png: bool =
 
     Raises `UserError`, see `read_compared`, and if `out` is a run's folder.
     """
-    folder = out or paths[0].absolute().parent / _folder_name(paths)
+    folder = out or _beside(paths)
     _require_own(folder)
     compared = read_compared(paths)
     made, embedded, thinned = _bounded(compared)
@@ -111,6 +111,12 @@ def _ends(compared: Compared) -> list[str]:
         return []
     text = msg("Spectra are compared at {moment}, the last moment of {runs}.")
     return [tr(text, moment=curves.moment(compared), runs=", ".join(early))]
+
+
+def _beside(paths: Sequence[Path]) -> Path:
+    """The folder for a comparison beside the first run; relative if that lies in the current folder."""
+    parent, here = paths[0].absolute().parent, Path.cwd()
+    return (parent.relative_to(here) if parent.is_relative_to(here) else parent) / _folder_name(paths)
 
 
 def _folder_name(paths: Sequence[Path]) -> str:
