@@ -91,7 +91,7 @@ def test_files_that_are_no_checkpoint(small, tmp_path):
     path.write_text("not a checkpoint")
     assert "cannot be read" in refused(small("--resume", str(path)))
     torch.save({"epoch": 3}, path)
-    assert "holds no `state_dict`" in refused(small("--resume", str(path)))
+    assert "has no `state_dict`" in refused(small("--resume", str(path)))
     torch.save({"model": {"w": torch.zeros(1)}, "optimizer": {}, "epoch": 3}, path)  # as DeiT saves it
     assert "cannot be resumed: it lacks `progress`" in refused(small("--resume", str(path)))
     torch.save({"state_dict": {"w": torch.zeros(1)}, "args": parse([])}, path)  # a class: code could run

@@ -98,7 +98,7 @@ def test_the_same_seed_gives_the_same_numbers_and_other_weights_are_not_written_
     spectra = json.loads((tmp_path / "compression.json").read_text())["spectra"]
     assert all(list(of_layer) == ["svd", "kfac"] for of_layer in spectra.values())
     before = (curve / "compression.json").read_bytes()
-    with pytest.raises(UserError, match=r"compression\.json is of other weights, .*\(model\), and is not replaced"):
+    with pytest.raises(UserError, match=r"compression\.json is the result of other weights, .*\(model\), and is kept"):
         compress.main([*argv, "--out", str(curve), "--use-ema"])
     assert (curve / "compression.json").read_bytes() == before
 

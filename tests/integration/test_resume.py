@@ -205,7 +205,7 @@ def test_a_finished_run_needs_no_data_and_is_not_written_to(small, train, tmp_pa
     for part, key, value, told in (
         ("progress", "epoch", "x", "its `progress` has 'x' for `epoch`"),
         ("progress", "epoch", 9, "its counts contradict each other"),
-        ("progress", "epoch", 11, "its counts contradict each other: 11 epochs, and 1"),  # of an update each
+        ("progress", "epoch", 11, "its counts contradict each other: 11 epochs and 1"),  # of an update each
         ("progress", "kept", 3, "its `progress` has 3 for `kept`"),
         ("step", "num_updates", None, "its `step` has None for `num_updates`"),
     ):

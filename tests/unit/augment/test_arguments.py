@@ -43,9 +43,9 @@ def test_an_argument_outside_its_range_is_named(name, values):
         (lambda x, y: (x[0], y), "takes uint8 images"),
         (lambda x, y: (x[:, :1], y), "takes uint8 images"),
         (lambda x, y: (x.contiguous(), y), "takes channels_last images"),
-        (lambda x, y: (x[:3], y), "of 3, 4 and 4 samples"),
-        (lambda x, y: (x, y[:3]), "of 4, 3 and 4 samples"),
-        (lambda x, y: (x[:3], y[:3]), "of 3, 3 and 4 samples"),
+        (lambda x, y: (x[:3], y), "have 3, 4 and 4 samples"),
+        (lambda x, y: (x, y[:3]), "have 4, 3 and 4 samples"),
+        (lambda x, y: (x[:3], y[:3]), "have 3, 3 and 4 samples"),
         (
             lambda x, y: (x, torch.nn.functional.one_hot(y, 3)),
             r"int64 labels \(B,\), got torch.int64 \(4, 3\)",

@@ -160,7 +160,7 @@ def test_what_has_no_spectrum_is_refused_by_name(model: nn.Module, patterns: Any
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_a_lazy_layer_is_told_before_its_first_batch() -> None:
-    with pytest.raises(UserError, match=r"0\.weight is not there yet.*first batch"):
+    with pytest.raises(UserError, match=r"0\.weight does not exist yet.*first batch"):
         targets_of_model(lazy(), None)
 
 

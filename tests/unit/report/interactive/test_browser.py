@@ -127,7 +127,7 @@ def test_an_axis_is_read_without_guessing(page: Tab) -> None:
     assert tab.js(f"{told}.hidden")
     tab.click("#fig-cosines input[name=log]")
     assert tab.js(f"!{told}.hidden && {told}.textContent") == (
-        "Where it is 0 or less, not drawn on a logarithmic axis: chance."
+        "Values of 0 or less are not drawn on a logarithmic axis: chance."
     )
     tab.click("#fig-cosines input[name=log]")
     assert tab.js(f"{told}.hidden")

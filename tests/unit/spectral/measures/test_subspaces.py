@@ -88,7 +88,7 @@ def test_chance_values_of_eight_vectors_of_96_and_of_many() -> None:
         assert np.mean(many**2) == pytest.approx(k / n, rel=0.05)
         assert chance_cosines(k, n) == tuple(many)
     for k, n in ((0, 3), (4, 3)):
-        with pytest.raises(ValueError, match="expected 1 or more"):
+        with pytest.raises(ValueError, match="expected 1 <= k <= n"):
             chance_cosines(k, n)
 
 

@@ -150,6 +150,6 @@ def test_pandas_gets_the_same_columns(run: Path) -> None:
 
 
 def test_without_pandas_it_is_said_what_to_do(run: Path) -> None:
-    said = r"the package pandas, which is not installed: `pip install 'lowrank-vit\[tables\]'`, or take `scalars`"
+    said = r"the package pandas, which is not installed: `pip install 'lowrank-vit\[tables\]'`, or use `scalars`"
     with hidden_packages("pandas"), pytest.raises(UserError, match=said):
         open_spectra(run).to_pandas()
