@@ -111,7 +111,7 @@ def test_a_run_begins_in_factors_of_the_weights_that_it_would_have_had_and_is_re
     drawn = Trainer(parse(small("--no-spec-monitor")), "drawn").setup.model.state_dict()
     share = ["--lowrank-init", "0.2", *TUNE]
     whole = Trainer(parse(small(*share)), "whole")
-    (line,) = [line for line in whole.setup.description if line.startswith("--lowrank-init 0.2: 8 factorised layers")]
+    (line,) = [line for line in whole.setup.description if line.startswith("--lowrank-init 0.2: 8 layers factorised")]
     assert "of their 24,576 parameters" in line
     first, average = whole.setup.model.state_dict(), whole.setup.ema.module.state_dict() if whole.setup.ema else {}
     ranks = ranks_of(whole.setup.model)
