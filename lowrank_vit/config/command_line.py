@@ -92,7 +92,9 @@ def run_subcommand(
         with fitted_help(argv):
             first = [name for name in argv[:1] if name in commands]
             args = [*first, *_for_tyro(argv[len(first) :])]
-            tyro.extras.subcommand_cli_from_dict(dict(commands), args=args, prog=prog, description=description)
+            shown = dict(commands) if first else {name: _in_short(command) for name, command in commands.items()}
+            more = "" if first else f"\n\n`{prog} COMMAND --help` describes a command and its options."
+            tyro.extras.subcommand_cli_from_dict(shown, args=args, prog=prog, description=f"{description or ''}{more}")
         return
     names = ", ".join(commands)
     if not argv:
@@ -102,6 +104,15 @@ def run_subcommand(
         near = did_you_mean(name, commands)
         raise UserError(f"`{argv[0]}` is not a command of {prog}.{near} There are: {names}.")
     read_options(commands[name], argv[1:], f"{prog} {name}")
+
+
+def _in_short(command: Callable[..., object]) -> Callable[[], None]:
+    """A command without options, described by the first paragraph of its description: for a list of commands."""
+
+    def listed() -> None: ...
+
+    listed.__doc__ = (inspect.getdoc(command) or "").partition("\n\n")[0]
+    return listed
 
 
 def is_flag(token: str) -> bool:

@@ -14,6 +14,7 @@ import pytest
 
 from lowrank_vit.common import program
 from lowrank_vit.common.terminal import fit
+from lowrank_vit.config.command_line import run_subcommand
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = "digits cifar100 imagefolder list hfds wds torch verify info".split()
@@ -93,6 +94,25 @@ def test_help_fits_also_in_frames(module):
     assert done.returncode == 0, done.stderr
     assert "│   • " in done.stdout
     assert {len(line) for line in done.stdout.splitlines() if line.startswith("│")} == {80}
+
+
+def test_a_list_of_commands_has_the_first_sentence_of_each_and_its_own_help_all(capsys):
+    def first() -> None:
+        """Do one thing.
+
+        - Before the other.
+        """
+
+    def help_of(*argv: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            run_subcommand({"first": first}, [*argv, "--help"], "prog", "Things.")
+        assert caught.value.code == 0
+        return capsys.readouterr().out
+
+    assert "Do one thing." in help_of()
+    assert "Before the other" not in help_of()
+    assert "`prog COMMAND --help`" in help_of()
+    assert "Before the other" in help_of("first")
 
 
 def test_makes_help_fits_and_names_the_benches():
