@@ -272,7 +272,7 @@ def compression_figure(found: Compression, pack: Packer) -> dict[str, Any] | Non
         color, symbol = _METHODS.get(points[0]["method"], ("#7a8793", "circle"))
         x = np.array([one[by] / max(1, found.original[by]) for one in points], float)
         for name, into in panels.items():
-            errors = np.array([one.get(f"{name}_error") or 0.0 for one in points], float)
+            errors = np.array([2 * (one.get(f"{name}_error") or 0.0) for one in points], float)
             values = np.array([np.nan if one[name] is None else one[name] for one in points], float)
             into.append(series_of(line, x, values, pack, color=color, symbol=symbol, error=pack(errors)))
     for method in dict.fromkeys(point["method"] for point in found.points):
@@ -318,7 +318,7 @@ def compression_figure(found: Compression, pack: Packer) -> dict[str, Any] | Non
     return figure(
         "compression",
         tr("Compression"),
-        tr("{what}. Bars: one standard error.", what=found.subtitle),
+        tr("{what}. Bars: two standard errors of paired differences.", what=found.subtitle),
         views,
         place="end",
     )
