@@ -32,7 +32,8 @@ def sides_of(images: Sizes) -> tuple[np.ndarray, np.ndarray]:
 
     Those of a `Beton` were checked when it was opened, and are not walked through again.
     """
-    if (sides := getattr(images, "sides", None)) is not None:
+    # Its own attribute only: an object that passes unknown names on to a `Beton` may have other heights and widths.
+    if isinstance(sides := getattr(images, "__dict__", {}).get("sides"), tuple):
         return sides
     try:
         heights, widths = np.asarray(images.heights), np.asarray(images.widths)

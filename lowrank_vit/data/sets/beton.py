@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -51,6 +52,7 @@ class Beton:
 
     def __init__(self, path: str | os.PathLike[str] | list[Path]) -> None:
         check_type((str, os.PathLike, list), "a path, or a list of the paths of parts", path=path)
+        self._by_name = not isinstance(path, list)
         if isinstance(path, list):
             check_type(Path, "a path, or a list of the paths of parts", path=path[0] if path else None)
             self.path, self.parts = path[0], path
@@ -94,6 +96,26 @@ class Beton:
             self._mapped = self._index.file
         self._looked_at, self._contradicting = np.zeros(-(-self.num_samples // 8), np.uint8), set[int]()
         self._check_labels()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy opens the files anew: the arrays may be maps of them, and a pickle would hold all samples."""
+        source = self.path if self._by_name else self.parts
+        return type(self)._opened_again, (source, self._outputs, self.classes, self.digests())
+
+    @classmethod
+    def _opened_again(
+        cls,
+        source: Path | list[Path],
+        outputs: np.ndarray | None,
+        classes: list[str] | None,
+        digests: tuple[str, str],
+    ) -> Beton:
+        """A copy. Raises `BetonError` if the files are gone, or hold other images or labels by now."""
+        beton = cls(source)
+        beton._outputs, beton.classes = outputs, classes
+        if beton.digests() != digests:
+            raise BetonError(f"{beton.path} is another set than the one that was copied. Restore it, or open it again.")
+        return beton
 
     def _check_labels(self) -> None:
         # Without a manifest any label is possible, but not one that needs a head of gigabytes.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,7 @@ import pytest
 
 from benchmarks.harness.simulated import Options, simulate
 from data_prep.formats import tables
-from data_prep.formats.beton import ALLOCATION, METADATA_START
+from data_prep.formats.beton import ALLOCATION, METADATA_START, find_parts
 from data_prep.formats.sidecars import manifest_path, read_manifest
 from data_prep.formats.tables import COLUMNS
 from data_prep.verify import verify
@@ -25,6 +27,7 @@ from lowrank_vit.common import filesystem
 from lowrank_vit.common.errors import BetonError
 from lowrank_vit.data.sets import index, published
 from lowrank_vit.data.sets.beton import Beton
+from lowrank_vit.plan.plans import EvalPlan
 from tests.sources import stage
 
 
@@ -433,6 +436,41 @@ def test_whole_columns_are_arrays_like_any_other(beton):
     ids = np.array([999, 3, 3])
     for side, column in zip(opened.sides_of(ids), (opened.heights, opened.widths), strict=True):
         assert side.tolist() == column[ids].tolist()
+
+
+@pytest.mark.parametrize("by_list", [False, True])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_maps_the_files_itself(beton, copied, by_list):
+    opened = Beton(find_parts(beton) or [beton]) if by_list else Beton(beton)
+    opened.relabel(range(10, 0, -1), [str(n) for n in range(11)])
+    assert len(pickle.dumps(opened)) < 10_000
+    other = copied(opened)
+    assert arrays(other) == arrays(opened)
+    assert (other.path, other.parts, other.classes) == (opened.path, opened.parts, opened.classes)
+    assert other.sample(999).tobytes() == opened.sample(999).tobytes()
+    assert not other.pointers.flags.writeable
+
+
+def test_a_copy_of_a_set_that_is_another_by_now(made, beton):
+    kept = pickle.dumps(Beton(beton))
+    manifest_path(Beton(beton).parts[0]).unlink()
+    with pytest.raises(BetonError, match="is another set than the one that was copied"):
+        pickle.loads(kept)
+
+
+def test_a_plan_of_an_object_that_passes_on_names_is_of_its_own_images(beton):
+    class Some:
+        """Some images of a set; all else is the set's."""
+
+        def __init__(self, all_images: Beton, ids: range) -> None:
+            self._all, self.heights, self.widths = all_images, all_images.heights[ids], all_images.widths[ids]
+
+        def __getattr__(self, name: str):
+            return getattr(self._all, name)
+
+    some = Some(Beton(beton), range(990, 997))
+    plan = EvalPlan.of(some, img_size=8, batch_size=7)
+    assert (plan.num_samples, plan.heights.tolist()) == (7, some.heights.tolist())
 
 
 def test_one_file_in_order_is_its_own_index(made, beton):
