@@ -169,10 +169,14 @@ def test_a_drag_zooms_and_a_double_click_ends_it(page: Tab) -> None:
     tab.mouse("mouseReleased", left + 0.6 * width, down)
     plot = "document.querySelector('#fig-metrics .js-plotly-plot')"
     tab.wait(f"{plot}.layout.xaxis.range[0] > {before[0]} && {plot}.layout.xaxis.range[1] < {before[1]}")
-    for clicks in (1, 2):
-        tab.mouse("mousePressed", across, down, 1, clicks)
-        tab.mouse("mouseReleased", across, down, 0, clicks)
-    tab.wait(f"Math.abs({plot}.layout.xaxis.range[0] - {before[0]}) < 1e-6")
+    is_back = f"Math.abs({plot}.layout.xaxis.range[0] - {before[0]}) < 1e-6"
+    for _ in range(20):  # on a busy machine two clicks are too far apart for Plotly to be one double click
+        for clicks in (1, 2):
+            tab.mouse("mousePressed", across, down, 1, clicks)
+            tab.mouse("mouseReleased", across, down, 0, clicks)
+        if tab.js(is_back):
+            break
+    tab.wait(is_back)
     assert tab.errors == []
 
 
