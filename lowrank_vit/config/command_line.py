@@ -11,6 +11,7 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -106,10 +107,11 @@ def run_subcommand(
     read_options(commands[name], argv[1:], f"{prog} {name}")
 
 
-def _in_short(command: Callable[..., object]) -> Callable[[], None]:
-    """A command without options, described by the first paragraph of its description: for a list of commands."""
+def _in_short(command: Callable[..., object]) -> Callable[..., object]:
+    """A command with its options, described by the first paragraph of its description: for a list of commands."""
 
-    def listed() -> None: ...
+    @wraps(command)
+    def listed(*args: object, **options: object) -> None: ...
 
     listed.__doc__ = (inspect.getdoc(command) or "").partition("\n\n")[0]
     return listed
