@@ -99,9 +99,9 @@ class Options:
     """Also time our step in these modes of torch.compile."""
     low_rank: bool = True
     """With compiled steps also time that of a ViT of width 384, depth 6 and 64 tokens, batch 64, in full rank and with
-    its block layers in factors of a quarter of their weights."""
+    its block layers factorised to a quarter of their weights."""
     ours_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Leave out timm's steps, the eager one beside the compiled, and that of a model in factors."""
+    """Leave out timm's steps, the eager one beside the compiled, and that of a factorised model."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
     """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
 

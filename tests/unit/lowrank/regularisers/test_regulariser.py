@@ -36,7 +36,7 @@ def first_layer(model: TinyModel, block: int) -> Any:
 
 
 def factors(model: TinyModel, parts: int) -> None:
-    """Put the first layer of each block in factors, not balanced."""
+    """Factorise the first layer of each block, not balanced."""
     torch.manual_seed(1)
     factorise(
         model,

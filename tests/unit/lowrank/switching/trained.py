@@ -36,7 +36,7 @@ def switch(
     moments: KeptMoments = "carry",
     **more: Any,
 ) -> Switched:
-    """Put factorised layers as a run does: the first rank works the numbers out, and each makes ready and switches."""
+    """Factorise layers as a run does: the first rank works the numbers out, and each makes ready and switches."""
     world = world or World()
     numbers = work_out(model, ema, optimizer, factors, moments=moments) if world.is_first else None
     return prepare(model, ema, optimizer, scheduler, world.from_first(numbers), moments=moments, **more).put()
@@ -65,7 +65,7 @@ class Training:
         del self.batches[:count]
 
     def switch(self, ranks: dict[str, int] | None = None, world: World | None = None, **more: Any) -> Switched:
-        """Put factorised layers, all of rank 6 if not said."""
+        """Factorise layers, all to rank 6 if not said."""
         factors = make_factors(self.model, ranks or dict.fromkeys(ALL, 6))
         parts = self.model, self.ema.module, self.optimizer, self.scheduler
         made = switch(*parts, factors, world, num_updates=self.step.position.num_updates, **more)
