@@ -1,12 +1,10 @@
-"""Files of weights are read in every form, by every command, and no code in them is run."""
+"""Files of weights are read in every form, by every command."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import json
-import os
-import random
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +19,15 @@ from lowrank_vit import analyze_spectrum
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.model.create import create_model
 from lowrank_vit.model.fit import load_initial
-from lowrank_vit.model.weight_files import SUFFIXES
 from lowrank_vit.model.weights import read_checkpoint
 from lowrank_vit.run.checkpoints import write_checkpoint
 from lowrank_vit.score.scorer import ModelOptions, Scorer, load_scorer
+from tests.unit.model.small_vit import EMA, KWARGS, NAME, OWN, same
 
-NAME = "vit_tiny_patch16_224"
-KWARGS = ("patch_size=8", "embed_dim=32", "depth=1", "num_heads=2")
 CPU = torch.device("cpu")
 PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
 """What DDP, torch.compile and both put before the names, in either order."""
 FORMS = ("this program", "timm", "DeiT", "MAE", "bare", "safetensors")
-
-
-def state(seed: int, num_classes: int = 7) -> dict[str, Tensor]:
-    """Of a small model at 32 pixels."""
-    torch.manual_seed(seed)
-    kwargs: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    return timm.create_model(NAME, num_classes=num_classes, img_size=32, **kwargs).state_dict()
-
-
-OWN, EMA = state(1), state(2)
 
 
 def trained_optimizer() -> dict[str, Any]:
@@ -70,10 +56,6 @@ def save(folder: Path, form: str, prefix: str = "", dtype: torch.dtype = torch.f
     else:
         torch.save(contents[form], path)
     return path
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -204,95 +186,6 @@ def test_numbers_of_numpy_are_pythons(tmp_path, value, is_zip):
     assert not isinstance(found, np.generic)
 
 
-class Runs:
-    """An object whose pickle calls a function."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-@pytest.mark.parametrize("is_zip", [True, False])
-@pytest.mark.parametrize("name", ["posix.mkdir", "eval", "numpy.dtype"])
-def test_code_in_a_file_is_named_and_not_run(tmp_path, name, is_zip):
-    path, mark = tmp_path / "w.pth", tmp_path / "was-run"
-    call = {
-        "posix.mkdir": Runs(os.mkdir, str(mark)),
-        "eval": Runs(eval, f"open({str(mark)!r}, 'w')"),
-        "numpy.dtype": Runs(np.dtype, "O"),  # a type of numbers is all that is taken of it
-    }[name]
-    torch.save({"model": OWN, "args": call}, path, _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(UserError, match=r"--initial-checkpoint .*w.pth cannot be read: it .*") as caught:
-        read_checkpoint(path, "--initial-checkpoint")
-    assert name in str(caught.value) or name == "numpy.dtype"
-    assert not mark.exists()
-    with pytest.raises(UserError, match=r"w.pth cannot be read"):
-        load_scorer(ModelOptions(path, model=NAME), CPU)
-    with pytest.raises(UserError, match=r"w.pth cannot be read"):
-        analyze_spectrum.main(["--checkpoint", str(path), "--save-dir", str(tmp_path)])
-    assert not mark.exists()
-
-
-def test_a_cut_file_is_named(tmp_path):
-    path = tmp_path / "last.pth.tar"
-    write_checkpoint(path, {"state_dict": {"w": torch.zeros(1000)}})
-    whole = path.read_bytes()
-    for length in (0, 10, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"last\.pth\.tar cannot be read"):
-            read_checkpoint(path)
-
-
-def flipped(path: Path, whole: bytes, bit: int) -> None:
-    changed = bytearray(whole)
-    changed[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(changed)
-
-
-def test_a_flipped_bit_anywhere_changes_nothing_or_is_told(tmp_path):
-    """No checksum is compared by torch itself."""
-    path, numbers = tmp_path / "last.pth.tar", torch.arange(6.0)
-    write_checkpoint(path, {"state_dict": {"w": numbers, "b": numbers[:2]}, "epoch": 4, "args": {"lr": 0.1}})
-    whole, told = path.read_bytes(), 0
-    for bit in random.Random(0).sample(range(8 * len(whole)), 250):
-        flipped(path, whole, bit)
-        try:
-            found = read_checkpoint(path)
-        except UserError:
-            told += 1
-        else:
-            assert (found.epoch, found.args, list(found.content)) == (4, {"lr": 0.1}, ["epoch", "args", "state_dict"])
-            assert same(found.weights(use_ema=False), {"w": numbers, "b": numbers[:2]}), bit
-    assert told > 100  # the others are in names and padding that nothing reads
-    start = whole.find(numbers.numpy().tobytes())
-    flipped(path, whole, 8 * start + 40)
-    with pytest.raises(UserError, match=r"the checksum of its part `archive/data/0` is wrong"):
-        read_checkpoint(path)
-
-
-def test_no_member_is_taken_for_a_folder(tmp_path):
-    """Of one that is marked as a folder torch gives memory as it finds it."""
-    path = tmp_path / "w.pth"
-    torch.save({"state_dict": {"w": torch.ones(2)}}, path)
-    whole = path.read_bytes()
-    for entry in range(len(whole)):
-        if whole[entry : entry + 4] == b"PK\x01\x02" and b"data/0" in whole[entry : entry + 64]:
-            flipped(path, whole, 8 * (entry + 38) + 4)
-            with pytest.raises(UserError, match=r"its part `w/data/0`"):
-                read_checkpoint(path)
-
-
-def test_an_archive_without_checksums_is_read(tmp_path):
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(OWN, tmp_path / "w.pth")
-    finally:
-        torch.serialization.set_crc32_options(True)
-    assert same(read_checkpoint(tmp_path / "w.pth").weights(use_ema=False), OWN)
-
-
 @pytest.mark.parametrize(
     "wrapped",
     [
@@ -366,15 +259,6 @@ def test_mistyped_flags_of_a_run_are_named(tmp_path, args):
         UserError, match=rf"w.pth is damaged .* for --{next(iter(args))}, which does not take this value"
     ):
         load_scorer(ModelOptions(tmp_path / "w.pth"), CPU)
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04damaged"])
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_damaged_files_are_refused(tmp_path, content, suffix):
-    path = tmp_path / f"w{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"--pretrained-path .*w\{suffix} cannot be read: it is damaged"):
-        read_checkpoint(path, "--pretrained-path")
 
 
 def test_files_without_weights_missing_files_and_folders_are_refused(tmp_path):
