@@ -32,8 +32,8 @@ from data_prep.formats.jpeg import ImageOptions
 from lowrank_vit.common.devices import why_no_cuda
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.files import write_whole
-from lowrank_vit.common.numba_cache import NOTE as COMPILING
-from lowrank_vit.common.numba_cache import must_compile
+from lowrank_vit.common.numba_code import NOTE as COMPILING
+from lowrank_vit.common.numba_code import must_compile
 from lowrank_vit.common.resources import available_cores
 
 MINUTES = {"cuda": 6.0, "cpu": 16.0}

@@ -6,7 +6,6 @@ half, `Augment`, turns them into the model's input, compiled with the model: nor
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
@@ -27,6 +26,7 @@ from lowrank_vit.common.arguments import (
 )
 from lowrank_vit.common.devices import cuda_path, to_device
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.numba_code import use_threads
 from lowrank_vit.plan.mixing import NO_MIX
 from lowrank_vit.plan.plans import BatchPlan
 
@@ -52,7 +52,7 @@ def apply_operations(images: Tensor, plan: BatchPlan, fill: Tensor) -> Tensor:
         from lowrank_vit.augment import ops_triton  # comes with torch's builds for GPUs
 
         return ops_triton.apply_ops(images_BHWC, plan.ops, fill).permute(0, 3, 1, 2)
-    _use_torchs_threads()
+    use_threads(torch.get_num_threads())
     ops_cpu.apply_ops(images_BHWC.numpy(), plan.ops.kinds, plan.ops.args, plan.ops.interpolations, fill.numpy())
     return images
 
@@ -153,7 +153,7 @@ class Augment(nn.Module):
         if out is None or out.shape != images.shape:
             out = torch.empty(images.shape, memory_format=torch.channels_last)
         mixed_now = mix_to_tensor([NO_MIX]) if self._erase_first else mix
-        _use_torchs_threads()
+        use_threads(torch.get_num_threads())
         _inputs_cpu(
             images.permute(0, 2, 3, 1).numpy(),
             self.mean.flatten().numpy(),
@@ -242,10 +242,6 @@ class Augment(nn.Module):
 
     def _erase(self, pixels: Tensor, boxes: Tensor, keys: Tensor, grid: Grid) -> Tensor:
         return erase(pixels, boxes, keys, self.remode, self.quantiles, grid)
-
-
-def _use_torchs_threads() -> None:
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
 @njit(parallel=True, nogil=True, cache=True)

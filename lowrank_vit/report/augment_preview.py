@@ -19,7 +19,7 @@ from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filters import BICUBIC
-from lowrank_vit.common.numba_cache import NOTE, must_compile
+from lowrank_vit.common.numba_code import NOTE, must_compile
 from lowrank_vit.common.packages import needs
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.decode.pil import crop_and_resize, decode

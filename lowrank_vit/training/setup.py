@@ -20,8 +20,8 @@ from lowrank_vit.common import terminal
 from lowrank_vit.common.devices import DTYPES, cuda_path, pick_device, why_on_cpu
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.locks import Say
-from lowrank_vit.common.numba_cache import NOTE as COMPILING
-from lowrank_vit.common.numba_cache import must_compile
+from lowrank_vit.common.numba_code import NOTE as COMPILING
+from lowrank_vit.common.numba_code import must_compile
 from lowrank_vit.config.option_types import with_options
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.decode.ffcv import decode_batch

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -137,16 +136,6 @@ class DamagedSamples(Exception):
         super().__init__(reasons)
         self.reasons = reasons
         """By sample id, in the decoder's words."""
-
-
-def start_threads() -> None:
-    """Let numba start its threads here, before a thread that decodes needs them.
-
-    TBB is given a task at the start, for which the main thread waits when the process ends. On a single core no other
-    thread takes it up, so it has to be the main thread's own: that of a thread which is gone would be waited for
-    for ever.
-    """
-    numba.get_num_threads()
 
 
 def new_meter() -> deque[float]:

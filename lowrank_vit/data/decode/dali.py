@@ -14,7 +14,6 @@ from collections.abc import Generator, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 
@@ -30,6 +29,7 @@ from lowrank_vit.common.devices import (
     to_device,
 )
 from lowrank_vit.common.errors import BetonError, UserError
+from lowrank_vit.common.numba_code import use_threads
 from lowrank_vit.common.packages import NOT_INSTALLED, install_line, needs, why_missing
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
@@ -42,7 +42,6 @@ from lowrank_vit.data.decode.backend import (
     cropped,
     new_meter,
     spans,
-    start_threads,
 )
 from lowrank_vit.data.decode.dali_pipeline import PipelineShape, Sources, release_memory, start_pipeline
 from lowrank_vit.data.decode.pil import find_damage
@@ -107,8 +106,7 @@ class DaliBackend:
             fancy_upsampling=fancy_upsampling,
             large=beton.large_sides,
         )
-        self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-        start_threads()
+        self._threads = workers
         # Of the feeding thread's own: on the consumer's, its work on one batch would wait for the decoding of the next.
         # It takes batches out by a small copy, which the step waits for.
         self._stream = side_stream(device, FIRST)
@@ -204,7 +202,7 @@ class DaliBackend:
         shapes = np.array([image.shape() for image in made], np.int64)
         addresses = np.array([image.data_ptr() for image in made])
         images_NHWC = np.zeros((len(plan.ids), size, size, 3), np.uint8)
-        numba.set_num_threads(self._threads)
+        use_threads(self._threads)
         row_bytes = 3 * shapes[:, 1]
         is_written = resize_batch(
             addresses, shapes.prod(axis=1), row_bytes, planned, plan.interpolations, plan.flips, images_NHWC

@@ -18,9 +18,10 @@ from torch import Tensor
 from data_prep.formats.beton import MODE_JPEG
 from data_prep.formats.jpeg import MAX_PIXELS
 from lowrank_vit.common.devices import cuda_path, to_device
+from lowrank_vit.common.numba_code import use_threads
 from lowrank_vit.common.threads import Ahead
 from lowrank_vit.data.batch import Batch
-from lowrank_vit.data.decode.backend import DamagedSamples, LoaderOptions, Schedule, new_meter, spans, start_threads
+from lowrank_vit.data.decode.backend import DamagedSamples, LoaderOptions, Schedule, new_meter, spans
 from lowrank_vit.data.decode.jpeg import EXACT, FAST, decode_jpeg, has_too_many_scans, is_of_size
 from lowrank_vit.data.decode.pil import crop_and_resize, decode_sound
 from lowrank_vit.data.decode.resize_cpu import resize_into
@@ -86,8 +87,7 @@ class FfcvBackend:
         """`prefetch`: decoded batches to keep ready."""
         self._beton, self._device, self._img_size, self._prefetch = beton, device, plan.img_size, prefetch
         self._flags = EXACT if isinstance(plan, EvalPlan) else FAST
-        self._threads = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-        start_threads()
+        self._threads = workers
         self._decoding: Ahead[tuple[Tensor, np.ndarray, BatchPlan]] | None = None
         self.decode_ms = new_meter()
 
@@ -104,7 +104,7 @@ class FfcvBackend:
 
     def _decoded(self, schedule: Schedule) -> Generator[tuple[Tensor, np.ndarray, BatchPlan], None, None]:
         """Yield the batches on the host; runs in a thread of its own."""
-        numba.set_num_threads(self._threads)  # a thread's own setting
+        use_threads(self._threads)  # a thread's own setting
         for plan in schedule:
             begun = time.perf_counter()
             # torch re-uses pinned memory, but not before the copy from it is done.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 
-import numba
 import numpy as np
 import torch
 
 from lowrank_vit.common.devices import cuda_path, to_device
 from lowrank_vit.common.errors import UserError
+from lowrank_vit.common.numba_code import use_threads
 from lowrank_vit.data.batch import Batch
 from lowrank_vit.data.decode.backend import LENGTH, DamagedSamples, LoaderOptions, Schedule, new_meter, spans
 from lowrank_vit.data.decode.resident_set import NoRoom, ResidentSet
@@ -37,7 +37,7 @@ class ResidentBackend:
     ) -> None:
         """Load the set with `workers` threads; `say` gets lines on the progress. Raises `NoRoom`, see `ResidentSet`."""
         self._img_size, self._device = plan.img_size, device
-        self._workers = min(workers, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        self._workers = workers
         self._beton = beton
         self._set = ResidentSet(beton, device)
         self._set.load(workers, say)
@@ -65,7 +65,7 @@ class ResidentBackend:
         planned = spans(plan, heights, widths, size)
         images_NHWC = np.zeros((len(ids), size, size, 3), np.uint8)
         addresses = self._set.pixels.data_ptr() + self._set.starts[ids]
-        numba.set_num_threads(self._workers)
+        use_threads(self._workers)
         rows = 3 * widths
         is_written = resize_batch(
             addresses, heights * rows, rows, planned, plan.interpolations, plan.flips, images_NHWC

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lowrank_vit.augment.__main__ import main
 from lowrank_vit.common.errors import UserError
-from lowrank_vit.common.numba_cache import NOTE
+from lowrank_vit.common.numba_code import NOTE
 from lowrank_vit.plan.operations import parse_policy
 from lowrank_vit.report.augment_preview import LEVELS, by_level, caption
 from tests.unit.augment.test_pipeline import photographs

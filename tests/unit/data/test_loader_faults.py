@@ -306,15 +306,20 @@ for epoch in range(10**9):
 
 
 @pytest.mark.slow  # a process that imports all, on one core
-@pytest.mark.parametrize("backend", ["ffcv", "dali"])
-def test_a_process_on_one_core_ends(sets, backend):
-    """TBB's first task, for which the end of a process waits, is nobody's there but its own thread's."""
+@pytest.mark.parametrize("where", ["read()", "opened = threading.Thread(target=read); opened.start(); opened.join()"])
+@pytest.mark.parametrize("backend", ["ffcv", "dali", "resident"])
+def test_a_process_on_one_core_ends(sets, backend, where):
+    """Also if the thread that has opened the loader is gone; see `use_threads`."""
     code = f"""
-import os
+import os, threading
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 from tests.unit.data.test_loader_faults import *
-batches = open_one({backend!r}, Beton({str(sets["jpeg"])!r})).batches(0)
-next(batches)
+def read():
+    global batches
+    batches = open_one({backend!r}, Beton({str(sets["jpeg"])!r})).batches(0)
+    next(batches)
+{where}
+batches
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=LONG_S)
 
