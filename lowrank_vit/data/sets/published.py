@@ -50,6 +50,8 @@ _HEAD = struct.Struct("<8sIIQ")
 _HEADER_BYTES = 1 << 16
 _ALIGNMENT = 1 << 16
 """The largest page of any machine."""
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, struct.error)
+"""Errors of `_map`."""
 _WAIT_S, _POLL_S = 600.0, 0.05
 """How long another process may take; its lock is released when it dies."""
 
@@ -70,10 +72,7 @@ def open_index(path: Path, parts: Sequence[Path]) -> Index:
                 if found := _find([place], parts):
                     return found
                 _publish(place, path, layouts)
-            if found := _find([place], parts):
-                return found
-            place.unlink(missing_ok=True)
-            reasons.append(f"{place.parent}: what is written there cannot be trusted")
+            return _read_back(place, parts)
         except OSError as error:
             reasons.append(f"{place.parent}: {error.strerror or error}")
     return replace(read_index(path, layouts), why_private="; ".join(reasons))
@@ -94,13 +93,23 @@ def _places(path: Path, parts: Sequence[Path]) -> Iterator[Path]:
 
 def _find(places: Sequence[Path], parts: Sequence[Path]) -> Index | None:
     for place in places:
-        with suppress(OSError, ValueError, KeyError, TypeError, struct.error):
+        with suppress(*_UNUSABLE):
             return _map(place, parts)
     return None
 
 
+def _read_back(place: Path, parts: Sequence[Path]) -> Index:
+    """Map what was just published. Raises `OSError` with the reason, and removes the file, where that is impossible."""
+    try:
+        return _map(place, parts)
+    except _UNUSABLE as error:
+        place.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(None, f"what is written there cannot be trusted ({reason})") from error
+
+
 def _map(place: Path, parts: Sequence[Path]) -> Index:
-    """Map a published index. Raises `OSError`, `ValueError` and others: there is none, or not for these files."""
+    """Map a published index. Raises one of `_UNUSABLE`: there is none, or not for these files."""
     descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(descriptor)

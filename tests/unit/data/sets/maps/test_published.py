@@ -180,10 +180,10 @@ def test_the_next_place_is_taken_in_a_folder_that_is_not_writable(beton, tmp_pat
 
 def test_what_cannot_be_trusted_afterwards_does_not_stay(beton, monkeypatch):
     def refused(*args: object) -> None:  # as where a file system shows other permissions, or another owner
-        raise PermissionError
+        raise PermissionError("it is not this user's alone")
 
     monkeypatch.setattr(published, "_map", refused)
-    assert "cannot be trusted" in Beton(beton)._index.why_private
+    assert "cannot be trusted (it is not this user's alone)" in Beton(beton)._index.why_private
     assert not list(beton.parent.glob(".*"))
 
 
