@@ -40,24 +40,25 @@ class Options:
     """Options of the bench."""
 
     short: bool = False
-    """Less work a round: all of it takes less than 15 minutes on 2 idle cores, 3.6 on a GPU."""
+    """Do less in each round: all benches together take less than 15 minutes on 2 idle cores, and 3.6 on a GPU."""
     only: Annotated[
         tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all of the device)")
     ] = None
-    """Which benches, in this order; commas may part them. Where --json has a result of `all`, they are added to it."""
+    """Run only these benches, in this order; names may be separated by commas. If --json already holds a result of
+    `all`, theirs are added to it."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """On a GPU also the tables of kernels of a step and of a run, last."""
+    """On a GPU, also make the tables of kernels of a step and of a run, at the end."""
     tiny: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The GPU's short form as a rehearsal in tiny sizes, on any device. Its figures mean nothing."""
+    """Rehearse the GPU's short form in tiny sizes, on any device. Its figures mean nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where they run; it also decides which there are, and how short the short form is."""
+    """Where the benches run. It also decides which of them exist, and how much the short form leaves out."""
     repeats: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: each bench's own)")] = None
-    """Rounds of each that count. Fewer than 5 are a smoke test."""
+    """Measured rounds of each bench. Fewer than 5 are a smoke test."""
     budget: Annotated[
         float | None,
         tyro.conf.arg(metavar="MINUTES", help_behavior_hint="(default: with --short 15 on a CPU, 3.6 on cuda)"),
     ] = None
-    """End the bench that is running by then, and start no other."""
+    """End the bench that is running after this time, and start no other."""
 
     def entries(self, device: str, others: Sequence[str] = ()) -> dict[str, Entry]:
         """The benches to run, by name. Raises `UserError` for wrong options; its message also names `others`."""

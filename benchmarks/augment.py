@@ -109,17 +109,17 @@ class Options:
     data: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: photographs)")] = None
     """Take the crops from images of this .beton instead of the bench's photographs."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"], metavar="N", help_behavior_hint=_BY_DEVICE)] = None
-    """Images a batch; 1024 on cuda, 256."""
+    """Images a batch; by default 1024 on cuda and 256 on a CPU."""
     batches: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
-    """Batches a round; 60 on cuda, 8."""
+    """Batches a round; by default 60 on cuda and 8 on a CPU."""
     img_size: Annotated[int, tyro.conf.arg(metavar="N")] = 224
     """Side of the crops, pixels."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where ours runs; on cuda a training step of ViT-Small is timed as well."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
-    """Threads of ours on a CPU, processes of timm's."""
+    """Threads of our augmentation on a CPU, and processes of timm's."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
-    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+    """Measured rounds, after one that warms up. Fewer than 5 are a smoke test."""
 
 
 class _Ours:

@@ -64,13 +64,13 @@ class Options:
     minutes: Annotated[
         float | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 6; with --profile 7; without a GPU 16)")
     ] = None
-    """For all of it. The tests are ended after 2.5 of 6 minutes, as much of what is left when the sets are made; what
-    did not run is said."""
+    """Time for everything. The tests get 2.5 of every 6 minutes that are left once the sets are made. What did not run
+    is listed."""
     only: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = (
         None
     )
-    """Only these benches, in this order, commas may part them; "tests" are the tests. They are added to the last
-    record of this machine instead of beginning a new one."""
+    """Run only these benches, in this order; names may be separated by commas, and "tests" stands for the tests. They
+    are added to this machine's last record instead of beginning a new one."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also a table of the kernels that the step and a run spend their time in."""
     without_gpu: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -78,7 +78,7 @@ class Options:
     tiny: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Rehearse all of it in tiny sizes, also without a GPU. The figures mean nothing, and the page stays in output/."""
     repeats: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: each bench's own)")] = None
-    """Rounds of each bench that count."""
+    """Measured rounds of each bench."""
     jobs: Annotated[
         int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core, 16 at most)")
     ] = None

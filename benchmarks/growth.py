@@ -67,17 +67,17 @@ class Options(axes.Options):
     """Options of the bench."""
 
     sweeps: Annotated[tuple[Sweep, ...], tyro.conf.arg(metavar="NAME ...")] = SWEEPS
-    """What grows."""
+    """The quantities that are increased."""
     count: Annotated[int, tyro.conf.arg(metavar="N")] = 1024
     """Photographs in the largest set, made once and kept in data/bench."""
     batches: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (16, 64, 256)
-    """Batch sizes; the second is that of the other sweeps."""
+    """Batch sizes; the other sweeps use the second."""
     sizes: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (96, 160, 224, 320)
-    """Sides of the crops; the others use the one before the last."""
+    """Sides of the crops, pixels; the other sweeps use the last but one."""
     widths: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = tuple(WIDTHS)
     """Widths of the ViTs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where images and weights have to be; memory is measured on a CPU always."""
+    """Where images and weights must be. Memory is always measured on a CPU."""
 
 
 @dataclass(frozen=True)

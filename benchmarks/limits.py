@@ -45,11 +45,11 @@ class Options:
     megabytes: Annotated[int, tyro.conf.arg(metavar="N")] = 256
     """Size of the memory that is copied and of the files that are written and read."""
     gflop: Annotated[float | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by the device)")] = None
-    """Arithmetic a round in matrix products; 20 on a CPU, 20,000 on cuda."""
+    """Arithmetic of the matrix products in a round; by default 20 on a CPU and 20,000 on cuda."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """On cuda its memory and its products are measured as well."""
+    """Which device to measure: on cuda also its memory and its matrix products."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
-    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+    """Measured rounds, after one that warms up. Fewer than 5 are a smoke test."""
     scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
     """Where photographs and the files are kept: the disk under test."""
 

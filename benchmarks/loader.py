@@ -57,25 +57,26 @@ class Options:
     """Options of the bench."""
 
     data: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: photographs)")] = None
-    """Read the JPEGs of this .beton instead; --count of them are copied to files, which the peers need."""
+    """Read the JPEGs of this .beton instead. --count of them are copied to files, which the other loaders need."""
     count: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
     """Photographs of 500 x 375 pixels, made once and kept in data/bench, or samples of --data; 4096 on cuda, 2000."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"], metavar="N", help_behavior_hint=_BY_DEVICE)] = None
     """Images a batch; 256 on cuda, 64."""
     times: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Ours and the limits of DALI read the set so many times over in a round: a GPU is through with it at once."""
+    """How often our loaders and DALI's limits read the set in a round: a GPU needs little time for it."""
     cases: Annotated[
         tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all of the device)")
     ] = None
-    """Only these of the cases."""
+    """Run only these cases."""
     img_size: Annotated[int, tyro.conf.arg(metavar="N")] = 224
     """Side of the crops, pixels."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the images have to be; on cuda DALI's GPU decoder and a resident set are timed as well."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
-    """Decoding threads of ours, FFCV's and DALI's, processes of timm's; on cuda by default as many as in training."""
+    """Decoding threads of our loaders, FFCV's and DALI's, and processes of timm's. By default on cuda: as many as in
+    training."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
-    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+    """Measured rounds, after one that warms up. Fewer than 5 are a smoke test."""
     scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
     """Where photographs and converted sets are kept."""
 

@@ -131,15 +131,16 @@ class Options:
     count: Annotated[int, tyro.conf.arg(metavar="N")] = 4000
     """Photographs of 500 x 375 pixels to convert, made once and kept in data/bench."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: photographs)")] = None
-    """Convert this directory of class folders (JPEGs below DIR/CLASS/) instead; not a .beton, which is the output."""
+    """Convert this directory of class folders (JPEGs below DIR/CLASS/) instead. It cannot be a .beton, which is the
+    output."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
-    """Threads of ours, processes of FFCV's."""
+    """Threads of our converter, and processes of FFCV's."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
-    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+    """Measured rounds, after one that warms up. Fewer than 5 are a smoke test."""
     scratch: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: data/bench)")] = None
     """Where the outputs are written, and removed again: the disk under test."""
     memory: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Measure the memory a conversion takes for each image as well; writes 115,000 tiny files."""
+    """Also measure how much memory a conversion takes per image. It writes 115,000 tiny files."""
 
 
 @dataclass

@@ -38,21 +38,22 @@ class Options:
     models: Annotated[tuple[Literal["small", "base"], ...], tyro.conf.arg(metavar="NAME ...")] = ("small", "base")
     """Which ViTs' matrices."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where both run."""
+    """Where our code and the other run."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
-    """CPU threads of both."""
+    """CPU threads of each."""
     inline_layers: Annotated[int, tyro.conf.arg(metavar="N")] = 2
-    """Time the inline SVD on so many layers of model and EMA: it takes most of the time, the same for each."""
+    """Time the inline SVD on only so many layers of the model and the EMA: it takes most of the time, and each layer
+    takes the same."""
     step: bool = False
-    """Also time training steps with the monitor and without; always on cuda."""
+    """Also time training steps with and without the monitor. On cuda they are always timed."""
     step_model: str = MODELS["base"]
-    """Of those steps."""
+    """The model of those steps."""
     step_batches: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (64, 256)
-    """Batch sizes of those steps."""
+    """The batch sizes of those steps."""
     steps: Annotated[int, tyro.conf.arg(metavar="N")] = 100
-    """Steps a block of those; the monitor refreshes every 10."""
+    """Steps in a block; the monitor refreshes every 10."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
-    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+    """Measured rounds, after one that warms up. Fewer than 5 are a smoke test."""
 
 
 def run(options: Options, note: Callable[[str], object] = nothing) -> Result:

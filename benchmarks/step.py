@@ -83,27 +83,27 @@ class Options:
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_BY_DEVICE)] = None
     """timm model; vit_small_patch16_224 on cuda, vit_tiny_patch16_224 on a CPU."""
     img_size: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
-    """Side of the images, pixels; 224 or 64."""
+    """Side of the images, pixels; by default 224 on cuda and 64 on a CPU."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"], metavar="N", help_behavior_hint=_BY_DEVICE)] = None
-    """Images a step; 256 or 64."""
+    """Images a step; by default 256 on cuda and 64 on a CPU."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
-    """Steps a round; 20 or 4."""
+    """Steps a round; by default 20 on cuda and 4 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where both run: bfloat16 autocast on cuda, float32 on a CPU."""
+    """Where both steps run: with bfloat16 autocast on cuda, in float32 on a CPU."""
     compile: bool = True
-    """Time the compiled steps too; compiling takes about a minute."""
+    """Also time the compiled steps. Compiling takes about a minute."""
     parts: bool = False
-    """Also time our compiled step with its parts in other forms: the patch embedding as a convolution and as a product
-    on any device, and with the latter images normalised and mixed before the step instead of within."""
+    """Also time variants of our compiled step: the patch embedding as a convolution and as a matrix product, and the
+    latter with images that are normalised and mixed before the step instead of within it."""
     modes: Annotated[tuple[Literal["reduce-overhead", "max-autotune"], ...], tyro.conf.arg(metavar="MODE ...")] = ()
     """Also time our step in these modes of torch.compile."""
     low_rank: bool = True
     """With compiled steps also time that of a ViT of width 384, depth 6 and 64 tokens, batch 64, in full rank and with
     its block layers factorised to a quarter of their weights."""
     ours_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Leave out timm's steps, the eager one beside the compiled, and that of a factorised model."""
+    """Time only our compiled step: leave out timm's steps, our eager step, and the step of a factorised model."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
-    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+    """Measured rounds, after one that warms up. Fewer than 5 are a smoke test."""
 
     def workload(self, device: torch.device) -> Workload:
         """The device's workload with the given options. Raises `UserError`."""

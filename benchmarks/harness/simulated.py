@@ -54,13 +54,13 @@ class Options:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder for train.beton, or for its parts, and their sidecars."""
     samples: Annotated[int, tyro.conf.arg(metavar="N")] = 100_000
-    """Samples in all."""
+    """Number of samples."""
     files: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Parts that the set is divided into."""
+    """Number of files that the set is divided into."""
     classes: Annotated[int, tyro.conf.arg(metavar="N")] = 1000
     """Classes, one after the other as folders are listed, all of about one size."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Of the JPEGs."""
+    """Seed of the JPEGs."""
 
 
 @dataclass(frozen=True)

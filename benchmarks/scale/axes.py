@@ -55,7 +55,7 @@ class Options:
     shards: Annotated[tuple[int, ...], _NUMBERS] = (3_000, 10_000, 100_000)
     """Files in a folder of which one shard of 1,000 is converted."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
-    """Rounds that count, after one that does not (but for memory). Fewer than 5 are a smoke test."""
+    """Measured rounds, after one that warms up (none for memory). Fewer than 5 are a smoke test."""
     budget: Annotated[float, tyro.conf.arg(metavar="MINUTES")] = 60
     """Begin nothing more on these axes after so long. The same command goes on from what --json has."""
     scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE

@@ -47,13 +47,13 @@ class Options(training_room.Options):
     augment: the operations beside the step; kernels: where the time of the step and of a run goes; prepare: none, but
     the set is made, and on cuda the decoder's speeds are measured, for those that follow."""
     step_steps: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: --steps)")] = None
-    """Steps a round where no data is read."""
+    """Steps a round in figures that read no data."""
     without_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Of end-to-end leave out what the decoder gives on its own beside the step, on cuda."""
+    """On cuda, leave out of end-to-end how fast the decoder alone is beside the step."""
     augment_batch: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 1024; 256)")] = None
-    """Images a batch of the figure augment, on cuda and on a CPU."""
+    """Images a batch in the figure augment, on cuda and on a CPU."""
     augment_batches: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 60; 8)")] = None
-    """Batches a round of it."""
+    """Batches a round in the figure augment."""
 
 
 def run(

@@ -50,11 +50,12 @@ class Options:
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_BY_DEVICE)] = None
     """timm model; vit_small_patch16_224 on cuda, vit_tiny_patch16_224 on a CPU."""
     img_size: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
-    """Side of the images, pixels; 224 or 64."""
+    """Side of the images, pixels; by default 224 on cuda and 64 on a CPU."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"], metavar="N", help_behavior_hint=_BY_DEVICE)] = None
-    """Images a step; 256 or 64."""
+    """Images a step; by default 256 on cuda and 64 on a CPU."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
-    """Steps a round, after some that do not count; 40 or 20. A set that is too short for them is repeated."""
+    """Measured steps a round, after some that warm up; by default 40 on cuda and 20 on a CPU. A set that is too short
+    is repeated."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it trains: compiled in bfloat16 on cuda, eager in float32 on a CPU."""
     loader: Literal["auto", "resident", "dali", "ffcv"] = "dali"
@@ -62,11 +63,12 @@ class Options:
     workers: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: one for each core)")] = None
     """CPU threads that decode; on cuda by default those of training, which leaves two cores."""
     spec_every: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: once a round)")] = None
-    """Updates between two refreshes of the spectra, counted through the run, with those between rounds."""
+    """Updates between two refreshes of the spectra. Updates between rounds count, too."""
     spec_monitor: bool = True
-    """Watch the spectra. Without, the step is on the device's default stream, behind the batches that are prepared."""
+    """Watch the spectra. Without the monitor the step runs on the device's default stream, after the batches that are
+    prepared there."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
-    """Rounds that count, after one that does not. Fewer than 5 are a smoke test."""
+    """Measured rounds, after one that warms up. Fewer than 5 are a smoke test."""
     scratch: Annotated[Path, tyro.conf.arg(metavar="DIR")] = CACHE
     """Where photographs and converted sets are kept."""
 
