@@ -139,7 +139,7 @@ SETTINGS = {
     "order": "ids of an epoch of one rank",
     "eval_plan": "EvalPlan.of and its ids",
     "private_memory": "private memory of a rank that has opened the set and planned an epoch, torch and all",
-    "first_batch": f"from the call to the first batch of {BATCH_SIZE} at an epoch's start, --loader ffcv, 1 thread",
+    "first_batch": f"wait for the first batch of {BATCH_SIZE} at an epoch's start, --loader ffcv, 1 thread",
     "resume": "the same from the middle of an epoch",
     "batches": "30 further batches",
     "ffcv_memory": "private memory of the rank that reads with --loader ffcv",

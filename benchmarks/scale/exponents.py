@@ -79,7 +79,7 @@ def print_exponents(result: Result, console: Console) -> None:
     console.print(table, "")
 
 
-_SMALL = {"CPU s": ("ns", 1e9), "MB": ("bytes", 1e6), "descriptors": ("descriptors", 1.0)}
+_SMALL = {"CPU s": ("ns", 1e9), "s": ("ns", 1e9), "MB": ("bytes", 1e6), "descriptors": ("descriptors", 1.0)}
 """Units of a cost a piece."""
 
 

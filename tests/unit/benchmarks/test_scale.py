@@ -81,7 +81,7 @@ def test_all_axes_of_tiny_sets(tmp_path, monkeypatch):
         "second_open_vs_first_open",
         *(f"{name}_1e2_vs_1e2" for name in axes.RATIOS),
     }
-    assert {case["unit"] for case in result["cases"].values()} == {"CPU s", "MB", "descriptors"}
+    assert {case["unit"] for case in result["cases"].values()} == {"CPU s", "s", "MB", "descriptors"}
     assert result["exponents"]["classes"]["per_class_peak"]["exponent"] == pytest.approx(1)
     assert result["exponents"]["files"]["open"]["per_item"] > 0
     assert set(result["extrapolated"]) == {"100000000"}
