@@ -220,10 +220,22 @@ def read_by_pieces(mapped: np.ndarray) -> None:
 
     A page that is in memory already is then mapped in 6 us instead of 10 to 60, measured on Linux 6.18.
     """
+    _advise(mapped, mmap.MADV_RANDOM)
+
+
+def read_ahead(mapped: np.ndarray) -> None:
+    """Tell the kernel that a mapped array, or every so many bytes of a stretch, is about to be read from end to end."""
+    _advise(mapped, mmap.MADV_WILLNEED)
+
+
+def _advise(mapped: np.ndarray, advice: int) -> None:
+    """Call madvise(2) for all pages between an array's ends. Where the file system does not take it, nothing is lost."""
+    if not mapped.size:
+        return
+    span = sum((length - 1) * stride for length, stride in zip(mapped.shape, mapped.strides, strict=True))
     start = mapped.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-    length = mapped.ctypes.data + mapped.nbytes - start
-    # It is advice: where the file system does not take it, nothing is lost.
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_RANDOM)
+    length = mapped.ctypes.data + span + mapped.itemsize - start
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
 def can_be_read(byte: memoryview) -> bool:

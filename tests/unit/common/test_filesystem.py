@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -26,6 +27,7 @@ from lowrank_vit.report.status import better_weights
 from lowrank_vit.run.checkpoints import LAST, CheckpointWriter
 from lowrank_vit.run.directory import RunDir
 from tests.sources import stage
+from tests.waiting import wait_until
 
 O_DIRECT = os.O_DIRECT
 
@@ -155,6 +157,32 @@ def test_mappings_are_private_where_they_cannot_be_shared(tmp_path, monkeypatch,
     assert isinstance(array, np.ndarray)
     for start, content in zip(starts, contents, strict=True):
         assert array[start : start + len(content)].tobytes() == content
+
+
+def pages_in_memory(array: np.ndarray) -> int:
+    found = (ctypes.c_ubyte * (array.nbytes // mmap.PAGESIZE))()
+    assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), found)
+    return sum(page & 1 for page in found)
+
+
+def test_what_is_read_as_a_whole_is_read_ahead_and_pieces_are_not(tmp_path):
+    path, pages = tmp_path / "table", 256
+    with path.open("wb") as file:
+        file.write(bytes(pages * mmap.PAGESIZE))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    array, *_ = map_files([path], [0])
+    if pages_in_memory(array):
+        pytest.skip("files of this folder stay in memory")
+    filesystem.read_by_pieces(array)
+    assert array[pages // 2 * mmap.PAGESIZE] == 0
+    assert 0 < pages_in_memory(array) < pages // 4
+    half = array[: array.size // 2]
+    filesystem.read_ahead(half.reshape(-1, 64)[:, 5])  # a column of a table
+    wait_until(lambda: pages_in_memory(half) == pages // 2)
+    assert pages_in_memory(array) < pages
+    filesystem.read_ahead(array[:0])
 
 
 def test_a_set_that_cannot_be_mapped_at_all_is_to_be_staged(digits_dir, monkeypatch):
