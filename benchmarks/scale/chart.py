@@ -27,6 +27,8 @@ TITLES = {
     "width": "Spectra, by width",
     **axes.TITLES,
 }
+_UNITS = {SECONDS: "waits, s"}
+"""Of the axes, where they need words; beside them there are CPU seconds."""
 APART = ("resident",)
 """Lines that would flatten the others of their panel: nothing is decoded there."""
 
@@ -54,7 +56,7 @@ def panels_of(result: Result) -> list[Panel]:
             own = line if line in APART and unit == "img/s" else ""
             groups.setdefault((unit, own), {})[line] = cases
         for (unit, own), lines in groups.items():
-            title = TITLES[sweep] + (f": {unit}" if sweep in axes.AXES else "")
+            title = TITLES[sweep] + (f": {_UNITS.get(unit, unit)}" if sweep in axes.AXES else "")
             if own:
                 title = title.replace("Loading", "Resident loading")
             elif unit == SECONDS:

@@ -75,7 +75,7 @@ class Pace:
         self._foretold_s = foretold_s(((one, len(one.names)) for one in own), self._settings)
         self._say(
             f"spectra: a whole refresh of {sum(len(one.names) for one in own):,} matrices takes about "
-            f"{in_seconds(self._foretold_s)}, every {self._every:,} updates; training goes on in the meantime"
+            f"{in_seconds(self._foretold_s)}, every {_updates(self._every)}; training goes on in the meantime"
         )
 
     def end(self, seconds: float) -> None:
@@ -96,9 +96,13 @@ class Pace:
         enough = self._every * max(2, math.ceil(taken_s / max(interval_s, 1e-3)))
         self._say(
             f"spectra: the refresh of update {update:,} is skipped, since the one before is still running: it takes "
-            f"about {in_seconds(taken_s)}, and {self._every:,} updates took {in_seconds(interval_s)}. --spec-every "
-            f"{enough:,} leaves none out; fewer --spec-targets or more --spec-cpu-threads make it shorter"
+            f"about {in_seconds(taken_s)}, and the last {_updates(self._every)} took {in_seconds(interval_s)}. "
+            f"--spec-every {enough:,} leaves none out; fewer --spec-targets or more --spec-cpu-threads make it shorter"
         )
+
+
+def _updates(count: int) -> str:
+    return "update" if count == 1 else f"{count:,} updates"
 
 
 def in_seconds(seconds: float) -> str:
