@@ -229,7 +229,7 @@ def read_ahead(mapped: np.ndarray) -> None:
 
 
 def _advise(mapped: np.ndarray, advice: int) -> None:
-    """Call madvise(2) for all pages between an array's ends. Where the file system does not take it, nothing is lost."""
+    """Call madvise(2) on all pages between an array's ends; if the file system does not take it, nothing is lost."""
     if not mapped.size:
         return
     span = sum((length - 1) * stride for length, stride in zip(mapped.shape, mapped.strides, strict=True))
