@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from data_prep.formats.sample_table import read_sample_name
 from data_prep.formats.sidecars import read_manifest
 from lowrank_vit.common.arguments import Range, check_type, check_whole
 from lowrank_vit.common.errors import BetonError
-from lowrank_vit.common.filesystem import MappedFiles, can_be_read, map_files, read_ahead
+from lowrank_vit.common.filesystem import MappedFiles, can_be_read, map_files, read_through
 from lowrank_vit.common.terminal import one_line
 from lowrank_vit.data.decode.jpeg import has_too_many_scans
 from lowrank_vit.data.sets.index import blocks
@@ -176,12 +176,14 @@ class Beton:
     @cached_property
     def heights(self) -> np.ndarray:
         """int32 (N,), pixels; a copy where a large set is one file, see `sides_of`."""
-        return _whole(self._column("heights"), np.int32)
+        with read_through(self.sides[0]):
+            return _whole(self.sides[0], np.int32)
 
     @cached_property
     def widths(self) -> np.ndarray:
         """int32 (N,), pixels; a copy where a large set is one file, see `sides_of`."""
-        return _whole(self._column("widths"), np.int32)
+        with read_through(self.sides[1]):
+            return _whole(self.sides[1], np.int32)
 
     def sides_of(self, ids: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
         """Heights and widths of some samples, int64 (B,) each, pixels."""
@@ -191,13 +193,8 @@ class Beton:
     @cached_property
     def labels(self) -> np.ndarray:
         """int64 (N,); a copy where labels are not those of the file, or a large set is one file. See `labels_of`."""
-        self._column("labels")
-        return _whole(self.labels_of(slice(None)), np.int64)
-
-    def _column(self, name: str) -> np.ndarray:
-        """A column that is about to be read as a whole: pieces of it are read from the disk page by page."""
-        read_ahead(self._index.columns[name])
-        return self._index.columns[name]
+        with read_through(self._index.columns["labels"]):
+            return _whole(self.labels_of(slice(None)), np.int64)
 
     def labels_of(self, ids: np.ndarray | slice) -> np.ndarray:
         """int64 (B,): the labels of some samples."""
@@ -213,7 +210,10 @@ class Beton:
 
     def blocks(self) -> Iterator[dict[str, np.ndarray]]:
         """The columns, a block of samples at a time, for computations over all samples."""
-        return blocks({name: self._column(name) for name in self._index.columns})
+        with ExitStack() as stack:
+            for column in self._index.columns.values():
+                stack.enter_context(read_through(column))
+            yield from blocks(self._index.columns)
 
     @cached_property
     def _mapped(self) -> MappedFiles:

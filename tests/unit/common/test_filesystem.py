@@ -27,7 +27,6 @@ from lowrank_vit.report.status import better_weights
 from lowrank_vit.run.checkpoints import LAST, CheckpointWriter
 from lowrank_vit.run.directory import RunDir
 from tests.sources import stage
-from tests.waiting import wait_until
 
 O_DIRECT = os.O_DIRECT
 
@@ -178,11 +177,14 @@ def test_what_is_read_as_a_whole_is_read_ahead_and_pieces_are_not(tmp_path):
     filesystem.read_by_pieces(array)
     assert array[pages // 2 * mmap.PAGESIZE] == 0
     assert 0 < pages_in_memory(array) < pages // 4
-    half = array[: array.size // 2]
-    filesystem.read_ahead(half.reshape(-1, 64)[:, 5])  # a column of a table
-    wait_until(lambda: pages_in_memory(half) == pages // 2)
-    assert pages_in_memory(array) < pages
-    filesystem.read_ahead(array[:0])
+    with filesystem.read_through(array.reshape(-1, 64)[:, 5]):  # a column of a table
+        assert array[0] == 0
+        ahead = pages_in_memory(array)
+        assert ahead > 4
+    assert array[pages // 4 * 3 * mmap.PAGESIZE] == 0
+    assert pages_in_memory(array) < ahead + 4
+    with filesystem.read_through(array[:0]):
+        pass
 
 
 def test_a_set_that_cannot_be_mapped_at_all_is_to_be_staged(digits_dir, monkeypatch):
