@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from ctypes import CFUNCTYPE
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,5 @@ def use_threads(count: int) -> None:
         except ValueError:  # not started yet
             numba.get_num_threads()
             if numba.threading_layer() == "tbb":
-                from numba.np.ufunc import tbbpool
-
-                CFUNCTYPE(None)(tbbpool.synchronize)()
+                CFUNCTYPE(None)(import_module("numba.np.ufunc.tbbpool").synchronize)()
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]

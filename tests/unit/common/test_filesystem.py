@@ -27,6 +27,7 @@ from lowrank_vit.report.status import better_weights
 from lowrank_vit.run.checkpoints import LAST, CheckpointWriter
 from lowrank_vit.run.directory import RunDir
 from tests.sources import stage
+from tests.waiting import wait_until
 
 O_DIRECT = os.O_DIRECT
 
@@ -158,14 +159,17 @@ def test_mappings_are_private_where_they_cannot_be_shared(tmp_path, monkeypatch,
         assert array[start : start + len(content)].tobytes() == content
 
 
-def pages_in_memory(array: np.ndarray) -> int:
-    found = (ctypes.c_ubyte * (array.nbytes // mmap.PAGESIZE))()
-    assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), found)
+def pages_in_memory(array: np.ndarray, first: int = 0, count: int | None = None) -> int:
+    """Of `count` pages of a mapped array, from number `first` on."""
+    count = array.nbytes // mmap.PAGESIZE if count is None else count
+    found, address = (ctypes.c_ubyte * count)(), array.ctypes.data + first * mmap.PAGESIZE
+    size = ctypes.c_size_t(count * mmap.PAGESIZE)
+    assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(address), size, found)
     return sum(page & 1 for page in found)
 
 
 def test_what_is_read_as_a_whole_is_read_ahead_and_pieces_are_not(tmp_path):
-    path, pages = tmp_path / "table", 256
+    path, pages = tmp_path / "table", 4096
     with path.open("wb") as file:
         file.write(bytes(pages * mmap.PAGESIZE))
         file.flush()
@@ -174,15 +178,18 @@ def test_what_is_read_as_a_whole_is_read_ahead_and_pieces_are_not(tmp_path):
     array, *_ = map_files([path], [0])
     if pages_in_memory(array):
         pytest.skip("files of this folder stay in memory")
+
+    def touch(page: int) -> None:
+        assert array[page * mmap.PAGESIZE] == 0
+
     filesystem.read_by_pieces(array)
-    assert array[pages // 2 * mmap.PAGESIZE] == 0
-    assert 0 < pages_in_memory(array) < pages // 4
+    touch(pages // 4)
+    assert pages_in_memory(array, pages // 4, 2) == 1
     with filesystem.read_through(array.reshape(-1, 64)[:, 5]):  # a column of a table
-        assert array[0] == 0
-        ahead = pages_in_memory(array)
-        assert ahead > 4
-    assert array[pages // 4 * 3 * mmap.PAGESIZE] == 0
-    assert pages_in_memory(array) < ahead + 4
+        touch(0)
+        wait_until(lambda: pages_in_memory(array, 0, 4) == 4)
+    touch(pages // 4 * 3)
+    assert pages_in_memory(array, pages // 4 * 3, 2) == 1
     with filesystem.read_through(array[:0]):
         pass
 
