@@ -45,7 +45,7 @@ class Options:
         tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all of the device)")
     ] = None
     """Run only these benches, in this order; names may be separated by commas. If --json already holds a result of
-    `all`, theirs are added to it."""
+    `all`, the new results are added to it."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """On a GPU, also make the tables of kernels of a step and of a run, at the end."""
     tiny: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -58,7 +58,7 @@ class Options:
         float | None,
         tyro.conf.arg(metavar="MINUTES", help_behavior_hint="(default: with --short 15 on a CPU, 3.6 on cuda)"),
     ] = None
-    """End the bench that is running after this time, and start no other."""
+    """After this time, end the bench that is running and start no other."""
 
     def entries(self, device: str, others: Sequence[str] = ()) -> dict[str, Entry]:
         """The benches to run, by name. Raises `UserError` for wrong options; its message also names `others`."""

@@ -59,11 +59,13 @@ class Options:
     data: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: photographs)")] = None
     """Read the JPEGs of this .beton instead. --count of them are copied to files, which the other loaders need."""
     count: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=_BY_DEVICE)] = None
-    """Photographs of 500 x 375 pixels, made once and kept in data/bench, or samples of --data; 4096 on cuda, 2000."""
+    """Photographs of 500 x 375 pixels, made once and kept in data/bench, or samples of --data; by default 4096 on cuda
+    and 2000 on a CPU."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"], metavar="N", help_behavior_hint=_BY_DEVICE)] = None
-    """Images a batch; 256 on cuda, 64."""
+    """Images a batch; by default 256 on cuda and 64 on a CPU."""
     times: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """How often our loaders and DALI's limits read the set in a round: a GPU needs little time for it."""
+    """How often our loaders, and the cases that give DALI's limit, read the set in a round: a GPU needs little time
+    for it."""
     cases: Annotated[
         tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all of the device)")
     ] = None

@@ -101,7 +101,7 @@ class Options:
     """With compiled steps also time that of a ViT of width 384, depth 6 and 64 tokens, batch 64, in full rank and with
     its block layers factorised to a quarter of their weights."""
     ours_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Time only our compiled step: leave out timm's steps, our eager step, and the step of a factorised model."""
+    """Leave out timm's steps, the step of a factorised model, and our eager step where the compiled one is timed."""
     repeats: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT_REPEATS
     """Measured rounds, after one that warms up. Fewer than 5 are a smoke test."""
 

@@ -50,10 +50,14 @@ class Options(training_room.Options):
     """Steps a round in figures that read no data."""
     without_decoder: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """On cuda, leave out of end-to-end how fast the decoder alone is beside the step."""
-    augment_batch: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 1024; 256)")] = None
-    """Images a batch in the figure augment, on cuda and on a CPU."""
-    augment_batches: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 60; 8)")] = None
-    """Batches a round in the figure augment."""
+    augment_batch: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by the device)")] = (
+        None
+    )
+    """Images a batch in the figure augment; by default 1024 on cuda and 256 on a CPU."""
+    augment_batches: Annotated[
+        int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: by the device)")
+    ] = None
+    """Batches a round in the figure augment; by default 60 on cuda and 8 on a CPU."""
 
 
 def run(

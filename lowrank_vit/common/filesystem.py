@@ -14,8 +14,8 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -223,17 +223,15 @@ def read_by_pieces(mapped: np.ndarray) -> None:
     _advise(mapped, mmap.MADV_RANDOM)
 
 
-@contextmanager
-def read_through(mapped: np.ndarray) -> Generator[None]:
-    """Take back `read_by_pieces` in the context, where an array, such as a column of a table, is read as a whole.
+def read_through(mapped: np.ndarray) -> None:
+    """Bring all of a one-dimensional mapped array, such as a column of a table, into memory, despite `read_by_pieces`.
 
-    A column of 14 million rows that are not in memory is then read in 0.3 s instead of 11, measured on Linux 6.18.
+    A column of 14 million rows is then read from the disk in 0.3 s instead of 11, measured on Linux 6.18.
     """
     _advise(mapped, mmap.MADV_NORMAL)
-    try:
-        yield
-    finally:
-        _advise(mapped, mmap.MADV_RANDOM)
+    # One element a page. (MADV_WILLNEED ends after a megabyte, and MADV_POPULATE_READ is not in every kernel.)
+    mapped[:: max(1, mmap.PAGESIZE // mapped.strides[0])].max(initial=0)
+    _advise(mapped, mmap.MADV_RANDOM)
 
 
 def _advise(mapped: np.ndarray, advice: int) -> None:

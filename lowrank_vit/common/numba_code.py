@@ -37,12 +37,13 @@ def _name(function: Any, source: Path) -> str:
     return f"{source.stem}.{function.py_func.__qualname__}"
 
 
-def use_threads(count: int) -> None:
+def use_threads(count: int) -> int:
     """Let parallel functions that this thread calls run on at most `count` of numba's threads, which start if needed.
 
-    Call it before each function made by `numba.njit(parallel=True)`. Where TBB starts the threads, its first task
-    belongs to the thread that asks for them, and the process waits for that task when it ends. On a single core nobody
-    else does it, so it is done here: that of a thread that has ended would be waited for for ever.
+    Returns how many that are: numba has no more than NUMBA_NUM_THREADS, which is the number of cores by default. Call
+    it before each function made by `numba.njit(parallel=True)`. Where TBB starts the threads, its first task belongs to
+    the thread that asks for them, and the process waits for that task when it ends. On a single core nobody else does
+    it, so it is done here: that of a thread that has ended would be waited for for ever.
     """
     with _starting:
         try:
@@ -51,4 +52,6 @@ def use_threads(count: int) -> None:
             numba.get_num_threads()
             if numba.threading_layer() == "tbb":
                 CFUNCTYPE(None)(import_module("numba.np.ufunc.tbbpool").synchronize)()
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    count = min(count, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    numba.set_num_threads(count)
+    return count

@@ -91,8 +91,8 @@ def _check_plan(beton: Beton, plan: TrainPlan | EvalPlan) -> None:
     if len(plan.heights) != beton.num_samples:
         other = f"{len(plan.heights):,} samples, and this set has {beton.num_samples:,}"
     elif not all(  # most are of the very arrays, which need not be walked through
-        one is other or np.array_equal(one, other)
-        for one, other in zip((plan.heights, plan.widths), beton.sides, strict=True)
+        one is other or np.array_equal(one, getattr(beton, name))
+        for name, one, other in zip(("heights", "widths"), (plan.heights, plan.widths), beton.sides, strict=True)
     ):
         other = "as many samples, but some of other sizes in pixels"
     else:

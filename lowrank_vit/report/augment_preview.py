@@ -19,7 +19,7 @@ from lowrank_vit.augment.pipeline import Augment
 from lowrank_vit.augment.recipe import train_rules
 from lowrank_vit.common.errors import UserError
 from lowrank_vit.common.filters import BICUBIC
-from lowrank_vit.common.numba_code import NOTE, must_compile
+from lowrank_vit.common.numba_code import NOTE, must_compile, use_threads
 from lowrank_vit.common.packages import needs
 from lowrank_vit.config.options import Config
 from lowrank_vit.data.decode.pil import crop_and_resize, decode
@@ -183,6 +183,7 @@ def by_level(image_HWC: np.ndarray, policy: Policy, fill: np.ndarray) -> dict[st
         args = np.array([argument_of(formula, factor, float(level), 1.0, 0.5, translate) for level in LEVELS])
         images = np.repeat(image_HWC[None], len(LEVELS), axis=0)
         kinds, interpolations = np.full(shape, NAMES[name][0], np.int8), np.full(shape, BICUBIC, np.int8)
+        use_threads(torch.get_num_threads())
         ops_cpu.apply_ops(images, kinds, args.reshape(shape), interpolations, fill)
         grid[name] = images
     return grid

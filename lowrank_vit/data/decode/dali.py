@@ -106,7 +106,7 @@ class DaliBackend:
             fancy_upsampling=fancy_upsampling,
             large=beton.large_sides,
         )
-        self._threads = workers
+        self._workers = workers
         # Of the feeding thread's own: on the consumer's, its work on one batch would wait for the decoding of the next.
         # It takes batches out by a small copy, which the step waits for.
         self._stream = side_stream(device, FIRST)
@@ -202,7 +202,7 @@ class DaliBackend:
         shapes = np.array([image.shape() for image in made], np.int64)
         addresses = np.array([image.data_ptr() for image in made])
         images_NHWC = np.zeros((len(plan.ids), size, size, 3), np.uint8)
-        use_threads(self._threads)
+        use_threads(self._workers)
         row_bytes = 3 * shapes[:, 1]
         is_written = resize_batch(
             addresses, shapes.prod(axis=1), row_bytes, planned, plan.interpolations, plan.flips, images_NHWC

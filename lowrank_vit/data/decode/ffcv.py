@@ -87,7 +87,7 @@ class FfcvBackend:
         """`prefetch`: decoded batches to keep ready."""
         self._beton, self._device, self._img_size, self._prefetch = beton, device, plan.img_size, prefetch
         self._flags = EXACT if isinstance(plan, EvalPlan) else FAST
-        self._threads = workers
+        self._workers = workers
         self._decoding: Ahead[tuple[Tensor, np.ndarray, BatchPlan]] | None = None
         self.decode_ms = new_meter()
 
@@ -104,21 +104,21 @@ class FfcvBackend:
 
     def _decoded(self, schedule: Schedule) -> Generator[tuple[Tensor, np.ndarray, BatchPlan], None, None]:
         """Yield the batches on the host; runs in a thread of its own."""
-        use_threads(self._threads)  # a thread's own setting
+        num_threads = use_threads(self._workers)  # a thread's own setting
         for plan in schedule:
             begun = time.perf_counter()
             # torch re-uses pinned memory, but not before the copy from it is done.
             shape = len(plan.ids), self._img_size, self._img_size, 3
             images_NHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=cuda_path(self._device))
             labels = self._beton.labels_of(plan.ids)  # now, while the file is known to be whole
-            self._fill(images_NHWC.numpy(), plan)
+            self._fill(images_NHWC.numpy(), plan, num_threads)
             self.decode_ms.append(1e3 * (time.perf_counter() - begun))
             made = images_NHWC, labels, plan
             del images_NHWC  # else its memory is held here until the next batch is made
             yield made
             del made
 
-    def _fill(self, images: np.ndarray, plan: BatchPlan) -> None:
+    def _fill(self, images: np.ndarray, plan: BatchPlan, num_threads: int) -> None:
         """Decode a batch into `images`, uint8 (B, S, S, 3). Raises `DamagedSamples`.
 
         libjpeg-turbo returns the same code for errors and for warnings, some of which leave the picture whole (one or
@@ -129,7 +129,7 @@ class FfcvBackend:
         heights, widths = beton.sides_of(ids)
         is_good = decode_batch(
             *(beton.bytes, beton.pointers[ids], beton.sizes[ids], beton.modes[ids], heights, widths),
-            *(spans(plan, heights, widths, size), plan.interpolations, plan.flips, self._flags, self._threads, images),
+            *(spans(plan, heights, widths, size), plan.interpolations, plan.flips, self._flags, num_threads, images),
         )
         reasons = {}
         for n in np.flatnonzero(~is_good).tolist():

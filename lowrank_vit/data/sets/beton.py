@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -176,14 +176,12 @@ class Beton:
     @cached_property
     def heights(self) -> np.ndarray:
         """int32 (N,), pixels; a copy where a large set is one file, see `sides_of`."""
-        with read_through(self.sides[0]):
-            return _whole(self.sides[0], np.int32)
+        return _whole(self._column("heights"), np.int32)
 
     @cached_property
     def widths(self) -> np.ndarray:
         """int32 (N,), pixels; a copy where a large set is one file, see `sides_of`."""
-        with read_through(self.sides[1]):
-            return _whole(self.sides[1], np.int32)
+        return _whole(self._column("widths"), np.int32)
 
     def sides_of(self, ids: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
         """Heights and widths of some samples, int64 (B,) each, pixels."""
@@ -193,8 +191,15 @@ class Beton:
     @cached_property
     def labels(self) -> np.ndarray:
         """int64 (N,); a copy where labels are not those of the file, or a large set is one file. See `labels_of`."""
-        with read_through(self._index.columns["labels"]):
-            return _whole(self.labels_of(slice(None)), np.int64)
+        self._column("labels")
+        return _whole(self.labels_of(slice(None)), np.int64)
+
+    def _column(self, name: str) -> np.ndarray:
+        """A column that is about to be read as a whole."""
+        column = self._index.columns[name]
+        if self._index.is_mapped:
+            read_through(column)
+        return column
 
     def labels_of(self, ids: np.ndarray | slice) -> np.ndarray:
         """int64 (B,): the labels of some samples."""
@@ -210,10 +215,10 @@ class Beton:
 
     def blocks(self) -> Iterator[dict[str, np.ndarray]]:
         """The columns, a block of samples at a time, for computations over all samples."""
-        with ExitStack() as stack:
-            for column in self._index.columns.values():
-                stack.enter_context(read_through(column))
-            yield from blocks(self._index.columns)
+        for block in blocks(self._index.columns):
+            for column in block.values() if self._index.is_mapped else ():
+                read_through(column)
+            yield block
 
     @cached_property
     def _mapped(self) -> MappedFiles:

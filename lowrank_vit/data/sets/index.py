@@ -68,6 +68,8 @@ class Index:
     file_sizes: np.ndarray
     """int64 (P,), bytes."""
     summary: Summary
+    is_mapped: bool = False
+    """Whether the columns are maps of files, not memory of this process."""
     file: MappedFiles | None = None
     """The one file whose own tables are the columns; None: they are copies."""
     why_private: str = ""

@@ -141,7 +141,7 @@ def _map(place: Path, parts: Sequence[Path]) -> Index:
     finally:
         os.close(descriptor)
     first_ids, file_sizes = columns.pop("first_ids"), columns.pop("file_sizes")
-    return Index(columns, first_ids, file_sizes, Summary(**told["summary"]), file)
+    return Index(columns, first_ids, file_sizes, Summary(**told["summary"]), is_mapped=True, file=file)
 
 
 def _publish(place: Path, path: Path, layouts: Sequence[Layout]) -> None:
