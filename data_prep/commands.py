@@ -55,7 +55,7 @@ class Storing:
     """Rewrite progressive JPEGs as baseline JPEGs, which hardware decoders need; pixels do not change."""
     lossless: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Keep the pixels and size of every image as far as the format allows: JPEGs are copied byte for byte, other
-    formats stored uncompressed. Validation sets are always converted like this (see above)."""
+    formats stored uncompressed. Validation sets are stored like this unless --lossy-val is given."""
     lossy_val: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Convert validation sets like training sets."""
     verify: Literal["decode", "header"] = "decode"
@@ -176,6 +176,7 @@ def imagefolder_command(
             the program.
         nested_classes: Which folders are classes: each one that holds images, as in timm ("leaf"); the same, those of
             one name together ("merge"); or those directly in DIR with all below them ("top").
+        file_list: What `data_prep list` wrote of --src: read LIST instead of the folders.
         storing: How images are stored.
         doing: How the work is done.
     """
@@ -227,8 +228,8 @@ def list_command(
     Args:
         src: The directory. Labels are as `imagefolder` gives them.
         out: File to write, outside DIR.
-        classes: As for imagefolder, which takes it from LIST then.
-        nested_classes: As for imagefolder, which takes it from LIST then.
+        classes: As for imagefolder; stored in LIST.
+        nested_classes: As for imagefolder; stored in LIST.
     """
     begun = time.monotonic()
     chosen = classes and find_bundled(classes, CLASSES)

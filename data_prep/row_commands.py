@@ -19,9 +19,9 @@ from lowrank_vit.common.errors import UserError
 class Keys:
     """Which images and labels."""
 
-    input_key: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: found)")] = ""
+    input_key: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: detected)")] = ""
     """The column, or the suffix of a shard's files, that holds the images; by default "image", or the only one."""
-    target_key: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: found)")] = ""
+    target_key: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: detected)")] = ""
     """The column, or the key of a shard's .json, that holds the labels; by default "label" (for shards, .cls first) or
     the only column of classes."""
     class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None

@@ -61,7 +61,7 @@ class Matrices:
     topk: Annotated[int, arg(metavar="N"), POSITIVE] = 8
     """How many singular values and vectors to record from each end of a spectrum."""
     interval: Annotated[int, arg(metavar="N"), POSITIVE] = 1
-    """Step between the recorded ones: 1 lists 1, 2, 3, ...; 10 lists 1, 11, 21, ..."""
+    """Step between the recorded indices: 1 lists 1, 2, 3, ...; 10 lists 1, 11, 21, ..."""
     statistics: Annotated[bool, FlagCreatePairsOff] = False
     """Also test the fits: the power law's p-value and its rivals, spikes against noise, and a shuffled copy."""
     bootstraps: Annotated[int, arg(metavar="N"), POSITIVE] = 100
@@ -71,7 +71,7 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Solving:
-    """How they are solved."""
+    """How spectra are computed."""
 
     solver: Literal["gram64", "svd"] = "gram64"
     """gram64: float64 Gram matrix with proven error bounds. svd: float64 SVD, the slow reference."""
@@ -97,7 +97,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Options:
-    """Spectra of weight matrices: tables here, and with --save-dir numbers in <save-dir>/<model>_spectral.json."""
+    """Print spectra of weight matrices; --save-dir also writes them to <save-dir>/<model>_spectral.json."""
 
     source: Source = field(default_factory=Source)
     matrices: Matrices = field(default_factory=Matrices)

@@ -32,7 +32,7 @@ class Data:
     """Name of the training split in --data-dir, or a synonym that timm knows. wds: also a pattern,
     'x-{000..146}.tar'."""
     val_split: Annotated[str, MAY_CHANGE] = "validation"
-    """Name of the validation split in --data-dir, or a synonym that timm knows; test if there is no other."""
+    """Name of the validation split in --data-dir, or a synonym that timm knows. Falls back to test."""
     beton_dir: Annotated[Path | None, MAY_CHANGE, PER_RANK] = None
     """Where converted images are written; default: DATA_DIR/.lowrank_vit, for CIFAR-100
     DATA_DIR/cifar100.lowrank_vit."""
@@ -54,7 +54,8 @@ class Data:
     """Decoding backend. auto: resident if the decoded set fits in a quarter of the device's memory and half of what is
     free, else dali with a GPU, else the faster one on this machine. resident: may use all free memory."""
     workers: Annotated[int | None, arg(aliases=["-j"]), NOT_NEGATIVE, MAY_CHANGE, PER_RANK] = None
-    """CPU threads that decode (0 means 1); default: 4, with a GPU all cores but 2, shared among the machine's ranks."""
+    """CPU threads that decode (0 means 1); default: 4 on a CPU; with a GPU, all cores but 2, divided
+    among the machine's ranks."""
     prefetch: Annotated[int, POSITIVE, MAY_CHANGE, PER_RANK] = 2
     """Decoded batches to keep ready."""
     hw_decoder_load: Annotated[float | None, SHARE, AUTO, _AUTO_OR_SHARE, MAY_CHANGE, PER_RANK] = None

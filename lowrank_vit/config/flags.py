@@ -58,7 +58,8 @@ def parse(argv: Sequence[str], prog: str = "") -> Config:
     """
     if asks_for_help(argv):
         if HELP_FLAGS & set(argv):
-            print("--config FILE   a YAML file of the flags below; flags on the command line win\n", flush=True)
+            print("--config FILE   YAML file of the flags below, or a bundled name (quickstart);")
+            print("                flags on the command line win\n", flush=True)
         show_help(_Shown, argv, prog or usage_name("lowrank_vit.train"), Config.__doc__)
     hints: Hints = hints_of(Config) | HIDDEN
     paths, own = config_files(with_long_names(argv))

@@ -48,15 +48,15 @@ class LowRank:
     lowrank_thresholds: Annotated[
         tuple[float, float, float], _SHARE_BELOW_1, arg(metavar="ENERGY COSINE ABOVE_NOISE")
     ] = (0.75, 0.7, 0.2)
-    """When directions count as the same and as more than noise: each a share of the way from chance (0) to certainty
-    (1)."""
+    """What a refresh must reach for a layer to settle, from 0 (chance) to 1 (certainty): energy of the weights in the
+    directions found before, cosine between these and the new ones, and energy above the noise."""
     lowrank_switches: Annotated[int, POSITIVE] = 3
     """Largest number of times in a run that layers are factorised; also the largest length of --lowrank-schedule."""
     lowrank_at_once: Annotated[
-        float | None, SHARE, arg(help_behavior_hint="(default: one over the switches that are left, so a third first)")
+        float | None, SHARE, arg(help_behavior_hint="(default: 1 / number of switches left)")
     ] = None
-    """Settled layers wait until they hold this share of the parameters that could still be factorised. The share falls
-    as updates run out (to a half at half-time). 0: no layer waits."""
+    """Factorise settled layers only when together they hold at least this share of the parameters that could still be
+    factorised. The share falls as updates run out (to a half at half-time). 0: no layer waits."""
     lowrank_schedule: Annotated[tuple[str, ...], arg(metavar="EPOCH=BUDGET ...")] = ()
     """After EPOCH epochs, factorise all target layers to this share of their parameters, settled or not. What has
     settled is then only logged."""

@@ -60,7 +60,7 @@ class Model:
     head_init_bias: Annotated[float | None, Range(), MAY_CHANGE] = None
     """Initial bias of the classifier."""
     fix_init: Annotated[bool, MAY_CHANGE] = False
-    """Redraw single initial weights that lie more than 10 standard deviations out, from --seed."""
+    """Redraw (by --seed) single initial weights that are more than 10 standard deviations from the mean."""
     sync_bn: Annotated[bool, MAY_CHANGE] = False
     """Synchronise BatchNorm across GPUs. ViTs have none, so nothing changes; models with BatchNorm are refused."""
     drop: Annotated[float, SHARE_BELOW_1] = 0.0
@@ -184,7 +184,7 @@ class Augment:
     color_jitter: Annotated[tuple[float, ...], NOT_NEGATIVE] = (0.4,)
     """Strength of colour jitter: one number, or one each for brightness, contrast, saturation. Any --aa except 3a
     switches it off, as in timm."""
-    aug_repeats: Annotated[float, Range(0, 2**16)] = 0.0
+    aug_repeats: Annotated[float, Range(0, 2**16), arg(metavar="INT")] = 0.0
     """Repeated augmentation: show each image N times per epoch, cropped and augmented anew each time. The epoch stays
     as long, so it holds fewer different images. 0 or 1: off."""
     reprob: Annotated[float, SHARE] = 0.0
@@ -218,12 +218,12 @@ class Augment:
     """How often mixing is drawn: once per block of --mix-block images (batch), per pair of images, or per image
     (elem)."""
     mix_block: Annotated[int, NOT_NEGATIVE] = 128
-    """Images of the global batch that are mixed with one another; 0: all of them. The result does not depend on GPUs or
-    accumulation: it is that of timm with this batch size on each GPU."""
+    """Images of the global batch that are mixed with one another; 0: all of them. With an even --batch-size the
+    result does not depend on GPUs or accumulation: it is that of timm with this batch size on each GPU."""
     cutmix_minmax: Annotated[tuple[float, float] | None, SHARE] = None
     """Smallest and largest side of the cutmix box, as shares of the image; replaces --cutmix."""
     mixup_off_epoch: Annotated[int, NOT_NEGATIVE] = 0
-    """Stop mixup and cutmix from this epoch on; 0: never."""
+    """Stop mixup and cutmix after so many epochs; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ class Run:
     ] = None
     """Train with each of these seeds in turn, in EXPERIMENT-seedN. The same command again continues the series."""
     log_interval: Annotated[int, POSITIVE, MAY_CHANGE] = 50
-    """Updates between two lines of metrics.jsonl."""
+    """Updates between two lines of training figures, on the console and in metrics.jsonl."""
     val_interval: Annotated[int, POSITIVE, MAY_CHANGE] = 1
     """Epochs between two validations. The last epoch is always validated."""
     eval_metric: Literal["top1", "top5", "loss"] = "top1"
@@ -315,16 +315,17 @@ class Run:
     checkpoint_hist: Annotated[int, POSITIVE, MAY_CHANGE] = 10
     """How many of the best epochs to keep as checkpoint-EPOCH.pth.tar."""
     checkpoint_interval: Annotated[str, MAY_CHANGE] = ""
-    """Also save last.pth.tar every N updates (500) or minutes (10m); default: only after each epoch."""
+    """Also save last.pth.tar every N updates (500) or minutes (10m); default: only after each epoch and
+    before each validation."""
     rank_timeout: Annotated[float, Range(1, 1e8), MAY_CHANGE] = 600.0
-    """Several ranks: seconds without progress of one rank until the run ends with its name."""
+    """Several ranks: end the run, naming the rank, if one makes no progress for so many seconds."""
     init_timeout: Annotated[float, Range(1, 1e8), MAY_CHANGE] = 3600.0
     """The same limit before the first update is done, while data are opened and code is compiled."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train a ViT from .beton files and watch its spectra."""
+    """Train a ViT from folders of images or .beton files, and watch its spectra."""
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)

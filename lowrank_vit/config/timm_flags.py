@@ -110,7 +110,7 @@ FLAGS: dict[str, Flag] = {
     "torchscript": Flag(Instead("--compile"), scores=_UNUSED, values=0),
     # optimizer and schedule
     "patience-epochs": Flag(
-        Instead("leave it out, there is no --sched plateau; --sched multistep decays where you say"),
+        Instead("leave it out, since there is no --sched plateau; --sched multistep is the nearest"),
         same=("10",),
         has_switch=True,
     ),

@@ -126,7 +126,7 @@ def _others(path: Path) -> str:
     if path.parent == Path() and (near := did_you_mean(path.name.removesuffix(CONFIGS), bundled)):
         return near
     there = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-    return f" That folder has: {', '.join(there)}." if there else f" There are: {', '.join(bundled)}."
+    return f" That folder has: {', '.join(there)}." if there else f" Bundled configurations: {', '.join(bundled)}."
 
 
 def _is_whole(found: FromFile, hints: Hints) -> bool:

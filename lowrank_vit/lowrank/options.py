@@ -26,22 +26,24 @@ SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
 
 @dataclass(frozen=True)
 class Source(ModelOptions):
-    """What is compressed: weights as validate takes them, the model's own unless --use-ema is said."""
+    """What is compressed: weights as validate takes them, the model's own unless --use-ema is given."""
 
-    checkpoint: Positional[Annotated[Path | None, arg(metavar="CHECKPOINT")]] = None
-    """A run's model_best.pth.tar or last.pth.tar, or a file of weights of timm, DeiT or MAE."""
+    checkpoint: Positional[Annotated[Path | None, arg(metavar="[CHECKPOINT]")]] = None
+    """A run's model_best.pth.tar or last.pth.tar, or a file of weights of timm, DeiT or MAE; also as --checkpoint
+    FILE."""
     targets: Annotated[str, arg(metavar="NAMES")] = "attn.qkv,attn.proj,mlp.fc1,mlp.fc2"
     """Comma-separated endings of the names of linear layers that may be factorised."""
     split: Literal["whole", "thirds", "heads"] = "whole"
-    """A fused qkv as one matrix, as Q, K and V, or as those of every head."""
+    """Factorise a fused qkv as one matrix (whole), as Q, K and V (thirds), or as those of every head."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where images are: DIR has a training set, from which moments are taken, and a validation set, which is scored."""
+    """Where images are: DIR has a training set, for calibration, and a validation set, for scoring."""
 
     data: Annotated[Path | None, arg(aliases=["--data-dir"], metavar="DIR", help_behavior_hint=NONE)] = None
-    """As for train: train.beton and val.beton, or folders of images; needed but for svd with --save."""
+    """As for train: train.beton and val.beton, or folders of images; needed, except for --method svd with --budget and
+    --save or --merge."""
     dataset: str = ""
     """folder or nothing: what --data holds; hfds/NAME, hfids/NAME, wds/, as for train; torch/cifar100; digits."""
     train_split: str = "train"
@@ -55,9 +57,9 @@ class Data:
     beton_dir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: DATA/.lowrank_vit)")] = None
     """Where images are converted to."""
     calibration_images: Annotated[int, arg(metavar="N"), POSITIVE] = 1024
-    """How many images of the training set, drawn by --seed, moments are taken from."""
+    """Number of images of the training set, drawn by --seed, for calibration."""
     seed: Annotated[int, arg(metavar="N"), Range(0)] = 0
-    """Of that draw, and of the labels drawn from the model."""
+    """Random seed of the calibration images, and of the labels sampled from the model."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Curve:
         tuple[Method, ...] | None,
         arg(metavar=f"[{{{','.join(METHODS)}}} ...]", help_behavior_hint="(default: all; with --budget kfac)"),
     ] = None
-    """What is truncated: weights as they are (svd), or as inputs (asvd, svdllm) or losses (fwsvd, kfac) see them."""
+    """Compression methods: plain SVD (svd), weighted by the inputs (asvd, svdllm) or by the loss (fwsvd, kfac)."""
     ranks: tuple[Allocation, ...] = ("greedy",)
     """How ranks are shared out among the layers."""
     budgets: Annotated[tuple[float, ...], SHARE] = (0.5, 0.3, 0.2, 0.12, 0.08)
@@ -76,7 +78,7 @@ class Curve:
     by: Literal["params", "flops"] = "params"
     """What a budget is a share of: parameters, or FLOPs of the forward pass."""
     sequential: Annotated[bool, FlagCreatePairsOff] = False
-    """Take each block's moments behind the compressed blocks before it; svd takes none."""
+    """Calibrate each block on the outputs of the compressed blocks before it; svd needs no calibration."""
     latency: bool = True
     """Measure how long the original and the compressed models take."""
     measure_layers: Annotated[bool, FlagCreatePairsOff] = False
@@ -90,7 +92,8 @@ class Files:
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: no files are written)")] = None
     """Where compression.json, .csv and .png go; made if missing. `report DIR` makes a page of them."""
     budget: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint=NONE), SHARE] = None
-    """Instead of a curve one model of this size, by --method (default kfac), for --save or --merge."""
+    """Make one model with this share of the size instead of measuring a curve, by --method (default kfac); needs --save
+    or --merge."""
     save: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=NONE)] = None
     """Write the factorised model as a checkpoint that validate, inference, analyze_spectrum and train take."""
     merge: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=NONE)] = None
@@ -102,9 +105,9 @@ class Running:
     """How it is computed."""
 
     batch_size: Annotated[int, arg(aliases=["-b"], metavar="N"), POSITIVE] = 128
-    """Images a step."""
+    """Batch size."""
     loader: LoaderName = "auto"
-    """Decode backend."""
+    """Decoding backend."""
     workers: Annotated[int | None, arg(aliases=["-j"], metavar="N", help_behavior_hint="(default: by the machine)")] = (
         None
     )
@@ -126,9 +129,9 @@ _OF_IMAGES = {one.name for one in fields(Data)} | {
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """Accuracy against rank, or a smaller model.
+    """Measure accuracy against size, or write a smaller model.
 
-    A curve: every budget and method is scored on all of the validation set. With --budget and --save: one model.
+    Each budget and method is scored on the whole validation set. With --budget and --save, one model is written.
     """
 
     source: Source = field(default_factory=Source)

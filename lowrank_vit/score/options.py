@@ -24,7 +24,7 @@ class ModelOptions:
     checkpoint: Annotated[Path | None, PER_RANK] = None
     """A run's model_best.pth.tar or last.pth.tar, or a file of weights of timm, DeiT or MAE."""
     use_ema: bool = False
-    """Use the EMA weights."""
+    """Use the EMA's weights."""
     model: Annotated[str, arg(aliases=["-m"])] = ""
     """timm model name, hf-hub:OWNER/NAME or local-dir:DIR; default: the checkpoint's. Without --checkpoint, its
     published weights are used, or those in DIR."""
@@ -88,7 +88,7 @@ class ValidateOptions(ModelOptions):
     loader: LoaderName = "auto"
     """Decoding backend."""
     workers: Annotated[int | None, arg(aliases=["-j"]), POSITIVE, PER_RANK] = None
-    """CPU threads that decode; default: 4, with a GPU all cores but 2, shared among the machine's ranks."""
+    """CPU threads that decode; default: 4 on a CPU; with a GPU, all cores but 2, divided among the machine's ranks."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """If a sample is damaged: stop with an error, or leave it out and report it."""
     device: Annotated[str, PER_RANK] = "auto"
@@ -116,7 +116,7 @@ class PredictOptions(ModelOptions):
     input: Annotated[tuple[Path, ...], arg(aliases=["--data-dir"])] = ()
     """Images, or folders to search for images; the flag itself may be left out."""
     topk: Annotated[int, POSITIVE] = 5
-    """Number of predicted classes per image."""
+    """Number of predicted classes per image in --output; the console shows at most 3."""
     output: Path | None = None
     """Write all predictions to this .csv or .json file. The same command continues after a kill."""
     results_dir: Path | None = None
@@ -138,7 +138,8 @@ class PredictOptions(ModelOptions):
     batch_size: Annotated[int, arg(aliases=["-b"]), POSITIVE] = 64
     """Batch size per GPU, in images."""
     workers: Annotated[int | None, arg(aliases=["-j"]), POSITIVE, PER_RANK] = None
-    """CPU threads that open images; default: 4, with a GPU all cores but 2, shared among the machine's ranks."""
+    """CPU threads that open images; default: 4 on a CPU; with a GPU, all cores but 2, divided among the machine's
+    ranks."""
     device: Annotated[str, PER_RANK] = "auto"
     """auto (cuda if there is one), cpu, cuda or cuda:N."""
     amp: bool = False
@@ -149,7 +150,7 @@ class PredictOptions(ModelOptions):
     def check(self) -> None:
         """Raise `UserError` for the same, or for images that do not exist."""
         if not self.input:
-            raise UserError("Give images or folders, with --input or without a flag.")
+            raise UserError("Name at least one image or folder, with --input or without a flag.")
         if missing := next((path for path in self.input if not path.exists()), None):
             raise UserError(f"--input {missing} does not exist.")
         super().check()

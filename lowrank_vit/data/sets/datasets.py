@@ -35,8 +35,8 @@ FINDING = "opening the data, or converting or staging them"
 """A command's current step while it calls this module, for messages."""
 DEFAULT_DIR = Path("data")
 _ADVICE = (
-    "Give a folder with train/ and val/, one folder a class in each, or with files that `python -m data_prep` wrote, "
-    "or train on the embedded digits with --dataset digits."
+    "Give a folder with train/ and val/, each with one folder per class, or one that `python -m data_prep` wrote. "
+    "--dataset digits trains on scikit-learn's handwritten digits."
 )
 
 

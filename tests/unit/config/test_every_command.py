@@ -23,7 +23,7 @@ EVERY = {
         "--data-dir wrong does",
     ),
     "validate": ("lowrank_vit.validate", "Give --checkpoint FILE", "Give --checkpoint FILE"),
-    "inference": ("lowrank_vit.inference", "Give images or folders", "--input wrong does not exist"),
+    "inference": ("lowrank_vit.inference", "Name at least one image or folder", "--input wrong does not exist"),
     "analyze-spectrum": ("lowrank_vit.analyze_spectrum", "Give one of --checkpoint", "`wrong` belongs to no option"),
     "compress": ("lowrank_vit.compress", "Give --checkpoint FILE, or --model NAME", "--data DIR is missing"),
     "report": ("lowrank_vit.report.__main__", "needs RUN .*--help tells more", "no run directory at wrong"),
