@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import numba
 import numpy as np
 import psutil
 import pytest
@@ -21,7 +22,9 @@ from sklearn.datasets import load_sample_images
 from data_prep.convert import convert_image_folder
 from lowrank_vit.common.errors import BetonError, UserError
 from lowrank_vit.data.choose import open_loader
+from lowrank_vit.data.decode import ffcv
 from lowrank_vit.data.decode.backend import LoaderOptions, Schedule
+from lowrank_vit.data.decode.ffcv import FfcvBackend
 from lowrank_vit.data.decode.pil import decode
 from lowrank_vit.data.loader import Loader
 from lowrank_vit.data.sets.beton import Beton
@@ -322,6 +325,22 @@ def read():
 batches
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=LONG_S)
+
+
+def test_scratch_memory_is_for_the_threads_that_exist_not_for_those_asked_for(sets, monkeypatch):
+    counts, real = [], ffcv.decode_batch
+
+    def counted(*arguments):
+        counts.append(arguments[-2])
+        return real(*arguments)
+
+    monkeypatch.setattr(ffcv, "decode_batch", counted)
+    beton, device = Beton(sets["jpeg"]), torch.device("cpu")
+    for workers in (1, 10_000):
+        plan = train_plan(beton)
+        next(FfcvBackend(beton, plan, device, workers).decode(Schedule(plan, 0)))
+    assert counts[0] == 1
+    assert counts[-1] == numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("mode", ["training", "evaluation"])
