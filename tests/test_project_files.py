@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import tomllib
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import data_prep
 import lowrank_vit
@@ -26,6 +29,18 @@ def test_commits_are_checked_with_the_ruff_that_lint_runs():
     revisions = {Path(one["repo"]).name: one["rev"] for one in content(".pre-commit-config.yaml")["repos"]}
     (pinned,) = re.findall(r"(?m)^ruff==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"))
     assert revisions["ruff-pre-commit"] == f"v{pinned}"
+
+
+def test_pinned_packages_take_the_first_release_of_each_python():
+    """Distributions keep old ones: Debian 12 has 3.11.2."""
+    pinned = re.findall(r"(?m)^([\w.-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"))
+    installed = {canonicalize_name(one.name): one.metadata for one in metadata.distributions()}
+    found = {name: installed[canonicalize_name(name)] for name in pinned if canonicalize_name(name) in installed}
+    assert len(found) > 50
+    listed = [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if "Python :: 3." in name]
+    for name, told in found.items():
+        wanted = SpecifierSet(",".join(told.get_all("Requires-Python", [])))
+        assert [version for version in listed if f"{version}.0" not in wanted] == [], name
 
 
 def test_hosted_ci_runs_the_local_one_on_each_python():
