@@ -107,9 +107,18 @@ class Tab:
         return answer["result"].get("value")
 
     def wait(self, expression: str) -> None:
-        """Until an expression is true."""
+        """Until an expression is true, in this page or in one that takes its place meanwhile."""
+
+        def is_true() -> bool:
+            try:
+                return self.js(f"Boolean({expression})")
+            except RuntimeError as error:
+                if "navigated" not in str(error):
+                    raise
+                return False
+
         until = time.monotonic() + LIMIT_S
-        while not self.js(f"Boolean({expression})"):
+        while not is_true():
             assert time.monotonic() < until, f"never true: {expression}"
             time.sleep(0.02)
 
