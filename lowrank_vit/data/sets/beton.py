@@ -191,7 +191,6 @@ class Beton:
     @cached_property
     def labels(self) -> np.ndarray:
         """int64 (N,); a copy where labels are not those of the file, or a large set is one file. See `labels_of`."""
-        self._column("labels")
         return _whole(self.labels_of(slice(None)), np.int64)
 
     def _column(self, name: str) -> np.ndarray:
@@ -202,8 +201,8 @@ class Beton:
         return column
 
     def labels_of(self, ids: np.ndarray | slice) -> np.ndarray:
-        """int64 (B,): the labels of some samples."""
-        labels = self._index.columns["labels"][ids]
+        """int64 (B,): the labels of some samples. For a slice the whole column is brought into memory first."""
+        labels = (self._column("labels") if isinstance(ids, slice) else self._index.columns["labels"])[ids]
         return labels if self._outputs is None else self._outputs[labels]
 
     def digests(self) -> tuple[str, str]:
@@ -215,10 +214,7 @@ class Beton:
 
     def blocks(self) -> Iterator[dict[str, np.ndarray]]:
         """The columns, a block of samples at a time, for computations over all samples."""
-        for block in blocks(self._index.columns):
-            for column in block.values() if self._index.is_mapped else ():
-                read_through(column)
-            yield block
+        return blocks({name: self._column(name) for name in self._index.columns})
 
     @cached_property
     def _mapped(self) -> MappedFiles:

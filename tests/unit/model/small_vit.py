@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 NAME = "vit_tiny_patch16_224"
-KWARGS = ("patch_size=8", "embed_dim=32", "depth=1", "num_heads=2")
+_SIZES: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+KWARGS = tuple(f"{name}={size}" for name, size in _SIZES.items())
 
 
 def state(seed: int, num_classes: int = 7) -> dict[str, Tensor]:
     """Of a small model at 32 pixels."""
     torch.manual_seed(seed)
-    kwargs: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    return timm.create_model(NAME, num_classes=num_classes, img_size=32, **kwargs).state_dict()
+    return timm.create_model(NAME, num_classes=num_classes, img_size=32, **_SIZES).state_dict()
 
 
 OWN, EMA = state(1), state(2)
